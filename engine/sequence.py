@@ -25,7 +25,8 @@ class Sequence:
     computed counts the tokens that the cache holds; slot is the cache slot, None while waiting.
     `max_tokens` is what the parameters and the context leave room for. Of the prompt, `cached_tokens`
     came from the prefix cache; the prefill pauses at `stops`, for the states there to be saved. A sequence
-    that was put aside begins again with a prefill of `prefill_length` tokens, of which `kept` has a part.
+    that was put aside begins again with a prefill of `prefill_length` tokens, of which `kept` has a part;
+    `has_computed` says whether it had computed any itself by then.
     `prediction` is what its client expects the answer to be, of which `accepted_prediction` tokens were
     drafted and right, and `rejected_prediction` wrong.
     """
@@ -49,6 +50,7 @@ class Sequence:
     prefill_length: int = field(init=False)
     kept: Kept | None = None
     cached_tokens: int = 0
+    has_computed: bool = False
     stops: tuple[int, ...] = ()
     saved: int = 0  # length of the last state saved to the prefix cache
     is_aborted: bool = False  # no reader any more; it ends before the next step
@@ -88,6 +90,7 @@ class Sequence:
 
     def put_aside(self, kept: Kept | None) -> None:
         """It has no slot any more, and goes on from `kept`, or from the beginning."""
+        self.has_computed |= self.generated > 0 or self.computed > self.cached_tokens
         self.kept, self.computed, self.stops = kept, 0, () if kept is None else self.stops
         self.prefill_length = len(self.token_ids)
 

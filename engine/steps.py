@@ -131,7 +131,10 @@ class Steps:
             if chunk.drafted and sequence.slot is not None:
                 known = len(sequence.token_ids) - 1
                 if known < sequence.computed:
-                    sequence.computed = self.drafting.roll_back(sequence, known)
+                    try:
+                        sequence.computed = self.drafting.roll_back(sequence, known)
+                    except Exception as error:
+                        self._fail([sequence], error)
 
     def _forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int], list[torch.Tensor | None]]:
         """Logits of these chunks, those of answers first, `[rows, vocab]`, how many rows each has, and what
@@ -189,7 +192,7 @@ class Steps:
             self._cache.pages.hold(slot, tokens)
         except PoolShortError:
             return False
-        except BudgetError:  # the device has less memory than was planned: `_begin` fails the sequence
+        except Exception:  # a device has less memory than was planned, or worse: `_begin` tries it again
             return True
         return True
 
@@ -213,7 +216,7 @@ class Steps:
                     else:
                         waiting.append(chunk)
                         break
-                except BudgetError as error:  # the device has less memory than was planned
+                except Exception as error:  # a device has less memory than was planned, or worse
                     self._fail([chunk.sequence], error)
         return [chunk for chunk in chunks if chunk.sequence.slot is not None and chunk not in waiting]
 
@@ -233,13 +236,17 @@ class Steps:
         return found
 
     def _put_aside(self, sequence: Sequence) -> None:
-        """Take a sequence's slot and pages; it goes on when there is room."""
+        """Take a sequence's slot and pages; it goes on when there is room, unless this fails."""
         assert sequence.slot is not None
         slot = sequence.slot
-        self.drafting.close(sequence)
-        sequence.put_aside(self.aside.put(slot))
-        self._cache.release(slot)
-        self._scheduler.put_aside(sequence)
+        try:
+            self.drafting.close(sequence)
+            sequence.put_aside(self.aside.put(slot) if self._cache.length(slot) else None)
+            self._cache.release(slot)
+        except Exception as error:
+            self._fail([sequence], error)
+        else:
+            self._scheduler.put_aside(sequence)
 
     def _bring_back(self, sequence: Sequence) -> bool:
         """Fill the slot of an admitted sequence with what was put aside of it, if that is there."""
@@ -263,7 +270,7 @@ class Steps:
             return  # log probabilities of the prompt need all of it computed
         prefix = self.prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
         sequence.computed = sequence.saved = prefix.length
-        if sequence.prefill_length == sequence.prompt_length:
+        if not sequence.has_computed:  # or some of what is cached now is its own
             sequence.cached_tokens = prefix.length
         sequence.stops = prefix.stops
         if prefix.logits is not None:
@@ -318,10 +325,15 @@ class Steps:
             sequence.saved = sequence.computed
 
     def _release(self, sequence: Sequence) -> None:
-        if self._forget(sequence):
+        """Give back what a sequence has. What cannot be given back is its slot's next sequence's."""
+        if not self._forget(sequence):
+            return
+        try:
+            if sequence.kept is not None:
+                self.aside.drop(sequence.kept)
             self.drafting.close(sequence)
             if sequence.slot is not None:
                 self._cache.release(sequence.slot)
-            if sequence.kept is not None:
-                self.aside.drop(sequence.kept)
-            self._scheduler.release(sequence)
+        except Exception:
+            logger.exception("memory of sequence %d was not given back", sequence.sequence_id)
+        self._scheduler.release(sequence)

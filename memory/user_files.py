@@ -35,6 +35,17 @@ def check_writable(target: Path) -> None:
         raise ConfigError(f"{target}: cannot be written ({error.strerror}); name another file") from None
 
 
+def make_folder(folder: Path, refusal: str) -> None:
+    """Make a folder that only its user can read, unless it is there. Raises ConfigError, with the refusal,
+    where it cannot be made or nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: {refusal} ({error.strerror})") from None
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A temporary file next to `target` to write to, renamed to `target` unless writing fails.

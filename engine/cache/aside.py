@@ -20,11 +20,12 @@ import torch
 from engine.cache.prefixes import Prefixes
 from engine.cache.stored_states import LEFT_ON_DISK
 from engine.families.base import KvCache
-from quant.errors import ConfigError
+from memory.user_files import make_folder
 
 logger = logging.getLogger("loci.engine")
 
 BLOCK_BYTES = 8 << 20  # written and read at a time
+NO_ASIDE = "no sequences can be put aside there"
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,7 @@ class Aside:
         self._count = {"dram": 0, "disk": 0, "again": 0}
         self._in_memory = self._on_disk = 0
         if disk is not None:
-            try:
-                disk.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                with tempfile.TemporaryFile(dir=disk.folder):
-                    pass
-            except OSError as error:
-                raise ConfigError(
-                    f"{disk.folder}: no sequences can be put aside there ({error.strerror})"
-                ) from None
+            make_folder(disk.folder, NO_ASIDE)
 
     @property
     def stats(self) -> AsideStats:

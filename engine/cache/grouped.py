@@ -136,9 +136,8 @@ class GroupedCache(KvCache):
             for kinds, device in zip(shape.groups, shape.devices, strict=True)
         ]
 
-    @property
-    def nbytes(self) -> int:
-        return self.planned_bytes(lambda capacity: self.shape.nbytes(self.slots, capacity))
+    def bytes_at(self, tokens: int) -> int:
+        return self.shape.nbytes(self.slots, tokens)
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple((state.groups.ratio, bytes_of(state.entries)[slot]) for state in self._all)

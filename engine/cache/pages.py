@@ -314,16 +314,17 @@ class Pages:
             for rows, old, new in sizes:
                 for start in rows.runs[slot] if new > old else ():
                     rows.space.take(start + old, new - old)
-        except BudgetError:
+        except Exception:
             for rows, old, new in sizes:  # where nothing was taken yet, nothing is there to return
                 for start in rows.runs[slot] if new > old else ():
                     rows.space.give_back(start + old, new - old)
             raise
         for rows, old, new in sizes:
-            for start in rows.runs[slot] if new < old else ():
-                rows.space.give_back(start + new, old - new)
             self._taken[rows.device] += len(rows.runs[slot]) * (new - old)
         self._tokens[slot] = tokens
         covered = (rows.covers(rows.run_bytes(tokens)) for rows in self._rows)
         self._covered[slot] = min(covered, default=1 << 62) if tokens else 0
         self._peak = max(self._peak, self.taken_bytes)
+        for rows, old, new in sizes:  # counted already: where this fails, `hold` takes them anew
+            for start in rows.runs[slot] if new < old else ():
+                rows.space.give_back(start + new, old - new)

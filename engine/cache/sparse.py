@@ -99,9 +99,8 @@ class SparseCache(KvCache):
         self.history = torch.zeros(slots, shape.history_rows, dtype=torch.int64)
         self._history = self.history.numpy()  # the same memory: between steps, NumPy's calls cost less
 
-    @property
-    def nbytes(self) -> int:
-        return self.planned_bytes(lambda capacity: self.shape.nbytes(self.slots, capacity))
+    def bytes_at(self, tokens: int) -> int:
+        return self.shape.nbytes(self.slots, tokens)
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple(

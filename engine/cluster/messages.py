@@ -127,9 +127,9 @@ class PartInfo:
 
 @dataclass(frozen=True)
 class OpenedCache:
-    """A part's new cache."""
+    """A part's new cache; of its bytes, those that do not grow."""
 
     session: str
     margin: int
-    nbytes: int
+    fixed_bytes: int
     rows: tuple[RowsSize, ...]

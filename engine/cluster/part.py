@@ -72,7 +72,7 @@ class Part:
         if self._prefix_bytes:
             self._prefixes = PrefixCache(cache, self._prefix_bytes)
         self._session = uuid.uuid4().hex
-        return OpenedCache(self._session, cache.margin, cache.nbytes, cache.pages.geometry)
+        return OpenedCache(self._session, cache.margin, cache.bytes_at(0), cache.pages.geometry)
 
     def session(self) -> str:
         """Of the open cache; empty where there is none."""

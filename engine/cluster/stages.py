@@ -65,7 +65,7 @@ class StagedCache(KvCache):
 
     def __init__(self, model: StagedModel, slots: int, capacity: int, opened: Sequence[OpenedCache]) -> None:
         super().__init__(slots, capacity, margin=min(part.margin for part in opened))
-        self._nbytes = sum(part.nbytes for part in opened)
+        self._fixed_bytes = sum(part.fixed_bytes for part in opened)
         self._model = model
         self.orders: list[Order] = []  # that the parts have not got yet
         self.lost: set[int] = set()  # slots whose states are gone with a part
@@ -110,9 +110,8 @@ class StagedCache(KvCache):
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
         return ()
 
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
+    def bytes_at(self, tokens: int) -> int:
+        return self._fixed_bytes + self.slots * self.pages.nbytes(tokens)
 
 
 class StagedModel(Model):

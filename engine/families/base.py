@@ -224,16 +224,16 @@ class KvCache(ABC):
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
         """Views of the rest of the state of a slot of `length` tokens, which later tokens overwrite."""
 
-    @property
     @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes that it may take, program and pages included."""
+    def bytes_at(self, tokens: int) -> int:
+        """Bytes with so many tokens in every slot, program included. Of none, those that do not grow."""
 
-    def planned_bytes(self, of_capacity: Callable[[int], int]) -> int:
-        """Bytes of all slots, given those for any capacity: what does not grow, and the pages' budgets.
-        Without budgets, those of all slots at the capacity."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it may take: what does not grow, and the pages' budgets. Without budgets, those of all
+        slots at the capacity."""
         budget = self.pages.budget_bytes
-        return of_capacity(self.capacity) if budget is None else of_capacity(0) + budget
+        return self.bytes_at(self.capacity) if budget is None else self.bytes_at(0) + budget
 
 
 class Model(ABC):

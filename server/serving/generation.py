@@ -78,7 +78,9 @@ class Generation:
         for index, ticket in self._running.items():
             known = self._prompts[index]
             if known.processed < known.total:
-                self._prompts[index] = self._engine.prompt_progress(ticket) or known
+                new = self._engine.prompt_progress(ticket) or known
+                # What was put aside may be computed again: its client sees it wait, and nothing undone.
+                self._prompts[index] = new._replace(processed=max(known.processed, new.processed))
         if not any(each.processed for each in self._prompts):
             return None
         return PromptProgress(*map(sum, zip(*self._prompts, strict=True)))

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.cache.aside import AsideOnDisk
+from engine.cache.aside import NO_ASIDE, AsideOnDisk
 from engine.cache.identity import identity_of
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
@@ -24,6 +24,7 @@ from engine.warm_up import warm_up
 from memory.checkpoint.checkpoint import name_of
 from memory.hardware.profiles import parse_bytes, written
 from memory.planner.budget import MemoryBudget
+from memory.user_files import make_folder
 from quant.errors import ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
@@ -88,12 +89,16 @@ class Prepared:
     """A model about to be loaded, whose settings, headers and small files have been checked.
 
     settings  with what the plan has chosen where nothing was set
+    states_bytes  of disk, for states of prompts; 0 where none are written
+    aside     where sequences are put aside on disk, if anywhere
     """
 
     settings: Settings
     names: tuple[str, ...]
     opened: OpenedModel
     planned: Planned
+    states_bytes: int = 0
+    aside: AsideOnDisk | None = None
 
     @property
     def budget(self) -> MemoryBudget:
@@ -107,15 +112,26 @@ def served_names(settings: Settings, path: Path) -> tuple[str, ...]:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Check the model that `settings` name before its weights are read.
+    """Check the disk and the model that `settings` name, before its weights are read.
 
     Raises LociError.
     """
+    states_bytes = _disk_bytes(settings, settings.prefix_disk, "no states can be kept there")
+    aside_bytes = _disk_bytes(settings, settings.aside_disk, NO_ASIDE)
     path = model_path(settings.model)
     opened = open_model(path, settings.max_model_len, settings.experts)
     found = planned(settings, opened)
     chosen = {"max_num_seqs": found.workload.sequences, "prefill_chunk": found.workload.prefill_chunk}
-    return Prepared(settings.model_copy(update=chosen), served_names(settings, path), opened, found)
+    if states_bytes and not found.workload.prefix_bytes:
+        raise ConfigError("--prefix-disk needs memory for states on their way to disk: raise --prefix-cache")
+    return Prepared(
+        settings.model_copy(update=chosen),
+        served_names(settings, path),
+        opened,
+        found,
+        states_bytes,
+        AsideOnDisk(_disk_folder(settings), aside_bytes) if aside_bytes else None,
+    )
 
 
 def bring_up(prepared: Prepared) -> Served:
@@ -151,14 +167,14 @@ def bring_up(prepared: Prepared) -> Served:
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=workload.prefix_bytes,
-        on_disk=_states_on_disk(prepared, workload.prefix_bytes),
-        aside=_aside_on_disk(settings),
+        on_disk=_states_on_disk(prepared),
+        aside=prepared.aside,
         prompt_products=loaded.prompt_products,
         drafters=drafters_of(settings.drafts, loaded, workload.sequences, context, small),
         draft_tokens=settings.draft_tokens,
         draft_costs=draft_costs(prepared.planned.shape, prepared.planned.plan.hardware, workload),
     )
-    log.info("%s", _about(engine, context))
+    log.info("%s", _about(engine, settings.max_model_len or prepared.opened.info.max_context))
     log.info("prompts are computed in chunks of up to %d tokens", workload.prefill_chunk)
     engine.start()
     name, *aliases = prepared.names
@@ -179,26 +195,32 @@ def _about(engine: Engine, wanted: int) -> str:
     return text
 
 
-def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | None:
-    """Where states of prompts are written, if anywhere. Raises ConfigError."""
+def _disk_folder(settings: Settings) -> Path:
+    """Where states are on disk."""
+    return settings.prefix_dir or states_folder()
+
+
+def _disk_bytes(settings: Settings, size: str | None, refusal: str) -> int:
+    """Bytes of disk that a setting names, 0 for none. Raises ConfigError for what is no size, and where
+    nothing can be written."""
+    if size is None or size.strip() == "0":
+        return 0
+    nbytes = parse_bytes(size)
+    make_folder(_disk_folder(settings), refusal)
+    return nbytes
+
+
+def _states_on_disk(prepared: Prepared) -> StatesOnDisk | None:
+    """Where states of prompts are written, if anywhere."""
     settings = prepared.settings
-    if settings.prefix_disk is None or settings.prefix_disk.strip() == "0":
+    if not prepared.states_bytes:
         return None
-    if not prefix_bytes:
-        raise ConfigError("--prefix-disk needs memory for states on their way to disk: raise --prefix-cache")
     return StatesOnDisk(
-        settings.prefix_dir or states_folder(),
-        parse_bytes(settings.prefix_disk),
+        _disk_folder(settings),
+        prepared.states_bytes,
         identity_of(prepared.opened.checkpoint, prepared.budget, settings.prompt_products),
         prepared.names[0],
     )
-
-
-def _aside_on_disk(settings: Settings) -> AsideOnDisk | None:
-    """Where sequences are put aside on disk, if anywhere. Raises ConfigError."""
-    if settings.aside_disk is None or settings.aside_disk.strip() == "0":
-        return None
-    return AsideOnDisk(settings.prefix_dir or states_folder(), parse_bytes(settings.aside_disk))
 
 
 class Service:

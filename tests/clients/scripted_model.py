@@ -134,9 +134,8 @@ class TokenCache(KvCache):
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
         return ()
 
-    @property
-    def nbytes(self) -> int:
-        return self.ids.nbytes
+    def bytes_at(self, tokens: int) -> int:
+        return self.slots * tokens * self.ids.itemsize
 
 
 class ScriptedModel(Model):

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from engine import steps
 from engine.cache import aside as aside_module
 from engine.cache.aside import AsideOnDisk, AsideStats
+from engine.cache.prefix import PrefixCache
 from engine.engine import Engine
 from engine.families.loader import Loaded, load
 from engine.kv_pool import PoolSize
@@ -19,6 +21,7 @@ from engine.sampling.params import SamplingParams
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
 from tests.conftest import golden_path
+from tests.engine.behind_another import behind_another
 from tests.engine.chat.answers import Answer
 
 CONTEXT = 1600
@@ -163,6 +166,36 @@ def test_a_sequence_that_is_aborted_while_it_is_aside_leaves_nothing(loaded: Loa
         assert (stats.disk, stats.disk_bytes) == (1, 0)
     finally:
         engine.stop()
+
+
+def test_what_a_sequence_computed_itself_before_it_was_put_aside_is_not_called_cached(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "SAVE_EVERY", 256)
+    monkeypatch.setattr(PrefixCache, "lend", lambda *_: False)
+    engine = engine_of(loaded, None, prefix_cache_bytes=1 << 28)
+    prompt = [8 + 7 * i % 300 for i in range(900)]
+    _, answer = behind_another(engine, [prompt], lambda: engine.pool.cache.length(1) >= 512)
+    stats = engine.stats()
+    assert stats.aside is not None
+    assert stats.prefixes is not None
+    assert stats.aside.again == 1
+    if loaded.model.keeps_whole_states:
+        assert stats.prefixes.cached_tokens > 0, "it went on from there"
+    assert answer.outputs[0].cached_tokens == 0
+
+
+def test_a_prompt_of_which_nothing_was_computed_yet_begins_with_what_is_cached_meanwhile(
+    loaded: Loaded,
+) -> None:
+    engine = engine_of(loaded, None, prefix_cache_bytes=1 << 28)
+    prompt = [8 + 7 * i % 300 for i in range(100)]
+    prompts = [prompt, prompt + [9] * 150]
+    _, first, second = behind_another(engine, prompts, lambda: engine.stats().running == 3)
+    assert engine.stats().aside == AsideStats()
+    assert first.outputs[0].cached_tokens == 0
+    assert second.outputs[0].cached_tokens is not None
+    assert second.outputs[0].cached_tokens >= 64
 
 
 def test_a_folder_that_cannot_be_used_is_refused(loaded: Loaded, tmp_path: Path) -> None:

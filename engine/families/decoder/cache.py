@@ -191,13 +191,10 @@ class DecoderCache(KvCache):
             layout.index_dims, layout.devices, layout.index_keys_as, slots, capacity, self.pages
         )
 
-    @property
-    def nbytes(self) -> int:
+    def bytes_at(self, tokens: int) -> int:
         program = self.on_host if self.program is None else self.program.nbytes
         layers = range(len(self.layout.kept))
-        return program + self.planned_bytes(
-            lambda capacity: sum(self.layout.layer_bytes(layer, self.slots, capacity) for layer in layers)
-        )
+        return program + sum(self.layout.layer_bytes(layer, self.slots, tokens) for layer in layers)
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         rows = [bank[:, :, slot].permute(3, 0, 1, 2, 4) for bank in self._banks]

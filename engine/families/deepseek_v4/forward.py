@@ -41,9 +41,8 @@ class V4Cache(GroupedCache):
     decoder: V4Recorded | V4OnGpus | None = None
     on_host: int = 0  # bytes of programs in host memory, where others are on GPUs
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + (self.on_host if self.program is None else self.program.nbytes)
+    def bytes_at(self, tokens: int) -> int:
+        return super().bytes_at(tokens) + (self.on_host if self.program is None else self.program.nbytes)
 
 
 class DeepseekV4(StreamModel):

@@ -203,6 +203,18 @@ def test_a_pool_that_one_part_limits_is_kept_by_all() -> None:
     staged.close()
 
 
+def test_an_idle_engine_has_taken_what_does_not_grow_and_no_pool() -> None:
+    staged = Staged(golden_path("v41-a"), [4], [0, 0], PlannedKv(nbytes=600_000, tokens=600))
+    engine = engine_of(staged.model, staged.tokenizer)
+    stats = engine.stats()
+    fixed = sum(stage.part.model.new_cache(4, 600).bytes_at(0) for stage in staged.stages)
+    assert 0 < stats.kv_budget_bytes <= 2 * 600_000
+    assert stats.kv_bytes == fixed + stats.kv_budget_bytes
+    assert stats.kv_bytes - (stats.kv_budget_bytes - sum(stats.kv_taken)) == fixed
+    engine.stop()
+    staged.close()
+
+
 @pytest.mark.parametrize("stages", [2, 3])
 def test_pieces_are_the_batch_in_order(stages: int) -> None:
     drawn = random.Random(stages)
