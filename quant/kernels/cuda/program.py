@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -171,7 +172,9 @@ class Segment:
         """Start all launches."""
         if self._graph is not None:
             self._graph.replay()
-        else:
+            return
+        # A default stream's handle is 0 on every device: the driver takes that of the current one.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             self._start()
 
     def capture(self) -> str:
