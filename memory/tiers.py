@@ -119,12 +119,6 @@ class Arena:
             self._free = [*range(self.slots - 1, self.kept - 1, -1), *self._free]
         return True
 
-    def place(self, number: int) -> int:
-        """Bytes from the first slot's begin to that of another."""
-        if number < self.kept:
-            return number * self._stride
-        return self.slot(number).data_ptr() - self._bytes.data_ptr()
-
     def slot(self, number: int) -> torch.Tensor:
         """The bytes of a slot, uint8 `[slot_bytes]`."""
         memory, start = self._bytes, number * self._stride

@@ -18,7 +18,7 @@ class GpuPlaces:
     """
 
     def __init__(self, table: SlotTable, layers: int, experts: int) -> None:
-        self._places = torch.full((layers, experts), -1, dtype=torch.int64)  # in this GPU's arena
+        self._places = torch.full((layers, experts), -1, dtype=torch.int64)  # addresses of slots
         self._numbers = self._places.numpy()  # the same memory
         self._coming: dict[Key, SlotEntry] = {}
         self._is_new = True
@@ -38,7 +38,7 @@ class GpuPlaces:
         the GPU among the others, from 1; -1 for experts on none."""
         first = self._table.arena.slot(0)
         sample = self._table.layouts[layer].views(first)
-        return SlotsOnGpu(first, self._on_gpu, sample, first.data_ptr())
+        return SlotsOnGpu(self._on_gpu, sample, first.data_ptr())
 
     def put(self, key: Key, entry: SlotEntry) -> None:
         """An expert has a slot; `publish` says when its bytes are there."""
@@ -61,7 +61,7 @@ class GpuPlaces:
                 continue
             del self._coming[key]
             if entry.ticket is None or not entry.ticket.has_failed:
-                self._numbers[key[0], key[1]] = self._table.arena.place(entry.slot)
+                self._numbers[key[0], key[1]] = self._table.arena.slot(entry.slot).data_ptr()
                 self._is_new = True
         is_new, self._is_new = self._is_new, False
         return is_new

@@ -9,9 +9,12 @@ started one after the other, which is what a graph does, too.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 
@@ -171,7 +174,9 @@ class Segment:
         """Start all launches."""
         if self._graph is not None:
             self._graph.replay()
-        else:
+            return
+        # A default stream's handle is 0 on every device: the driver takes that of the current one.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             self._start()
 
     def capture(self) -> str:
@@ -181,8 +186,13 @@ class Segment:
             self._start()
             graph = torch.cuda.CUDAGraph()
             try:
-                # Without a stream of its own it would be captured on the device that was first of all.
-                with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
+                # Without a stream of its own it would be captured on the device that was first of all. What
+                # other threads do meanwhile, copies of experts say, does not break a capture of this thread.
+                stream = _capture_stream(self._device)
+                with (
+                    _collecting_nothing(),
+                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                ):
                     self._start()
             except RuntimeError as error:
                 return str(error)
@@ -195,6 +205,24 @@ class Segment:
                 step.on_stream(self._device)
             else:
                 self._launcher.start(step)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all programs: torch has 32 streams a device, and those who need one of their own share them."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Python frees no cycles in the block: CUDA objects among them would break a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def arranged(noted: Sequence[Noted], kept: Sequence[Buffer], max_rows: int) -> tuple[list[list[Noted]], int]:

@@ -44,7 +44,7 @@ def activated(gate, up, limit, alpha, shift):
 
 @triton.jit
 def gate_up_of_slots(
-    x, arena, places, levels, inner, top_k, width, units, limit,
+    x, places, levels, inner, top_k, width, units, limit,
     w1_codes, w1_scales, w3_codes, w3_scales, ids, gate_bias, up_bias, alpha, shift,
     KIND: tl.constexpr, PER_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
     BIASED: tl.constexpr,
@@ -54,7 +54,7 @@ def gate_up_of_slots(
     pair = tl.program_id(1)
     place = tl.load(places + pair)
     if place >= 0:
-        slot = arena + tl.multiple_of(place, 16)
+        slot = tl.multiple_of(place, 16).to(tl.pointer_type(tl.uint8))
         rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_inside = rows < width
         row = x + (pair // top_k) * units * UNIT
@@ -75,7 +75,7 @@ def gate_up_of_slots(
 
 @triton.jit
 def down_of_slots(
-    inner, arena, places, levels, out, hidden, units, w2_codes, w2_scales, ids, bias,
+    inner, places, levels, out, hidden, units, w2_codes, w2_scales, ids, bias,
     KIND: tl.constexpr, PER_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
     BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def down_of_slots(
     pair = tl.program_id(1)
     place = tl.load(places + pair)
     if place >= 0:
-        slot = arena + tl.multiple_of(place, 16)
+        slot = tl.multiple_of(place, 16).to(tl.pointer_type(tl.uint8))
         rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_inside = rows < hidden
         total = times_vector(
@@ -143,13 +143,12 @@ def fetch_launch(
 class SlotsOnGpu:
     """Where a GPU's experts are.
 
-    arena   bytes, of which an expert's slot begins at its place
-    places  `[layers, experts]` int64: bytes from the arena's begin; negative for experts that are elsewhere
+    places  `[layers, experts]` int64: addresses of slots, which lie in several allocations; negative for
+            experts that are elsewhere
     sample  the weights of any slot, for their format, shapes and distances from the slot's begin
     begin   where that slot begins
     """
 
-    arena: torch.Tensor
     places: torch.Tensor
     sample: ExpertWeights
     begin: int
@@ -203,7 +202,6 @@ class SlotsOnGpu:
             (-(-width // block_rows), rows * top_k),
             (
                 x,
-                self.arena,
                 places,
                 levels,
                 inner,
@@ -224,7 +222,7 @@ class SlotsOnGpu:
         down = Launch(
             down_of_slots,
             (-(-hidden // block_rows), rows * top_k),
-            (inner, self.arena, places, levels, apart, hidden, width // UNIT.value, *at[4:], ids, down_bias),
+            (inner, places, levels, apart, hidden, width // UNIT.value, *at[4:], ids, down_bias),
             constants,
             blocks.warps,
         )

@@ -134,7 +134,7 @@ class KvLayer:
         places = torch.empty(1, w.experts, dtype=torch.int64, device=META)
         shapes = (w.width, w.hidden), (w.width, w.hidden), (w.hidden, w.width)
         sample = ExpertWeights(*(described(MXFP4, *shape) for shape in shapes))
-        slots = SlotsOnGpu(torch.empty(64, dtype=torch.uint8, device=META), places, sample, 0)
+        slots = SlotsOnGpu(places, sample, 0)
         has_choice_bias = w.rule.score == "sigmoid"
         ids, weights = r.route(logits, floats(w.experts) if has_choice_bias else None, w.rule, places[0])
         extras = w.extras or ExpertExtras()

@@ -57,8 +57,7 @@ def expert_slots() -> tuple[torch.Tensor, SlotsOnGpu]:
     """A layer's table of places, and the slots."""
     places = torch.empty(1, EXPERTS, dtype=torch.int64, device=META)
     matrices = (described(MXFP4, *shape) for shape in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
-    arena = torch.empty(64, dtype=torch.uint8, device=META)
-    return places[0], SlotsOnGpu(arena, places, ExpertWeights(*matrices), 0)
+    return places[0], SlotsOnGpu(places, ExpertWeights(*matrices), 0)
 
 
 class Layer:

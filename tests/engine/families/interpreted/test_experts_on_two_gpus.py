@@ -46,15 +46,18 @@ class Machine:
     """Layers of experts alone, recorded on the first of some GPUs; all of them have room for `held` together.
 
     dram  experts that it has room for
+    lent  slots of each GPU that prompts may borrow
     """
 
-    def __init__(self, files: ExpertsOnDisk, gpus: Sequence[torch.device], held: int, dram: float) -> None:
+    def __init__(
+        self, files: ExpertsOnDisk, gpus: Sequence[torch.device], held: int, dram: float, lent: int = 0
+    ) -> None:
         each = held // len(gpus) * (files.slot_bytes + 64)
         tiers = [Tier(f"vram:{n}", each, gpu, 1e12) for n, gpu in enumerate(gpus)]
         self.interpreted = {gpu: InterpretedGpu(gpu) for gpu in gpus}
         kernels = DeviceKernels(choose(), dict(self.interpreted))
         room = Tier("dram", int(dram * (files.slot_bytes + 64)), torch.device("cpu"))
-        self.store = ExpertStore(files, kernels, room, tiers)
+        self.store = ExpertStore(files, kernels, room, tiers, lent_bytes=lent * files.slot_bytes)
         self.places = list(self.store.on_gpus.values())
         self._gates = [torch.randn(EXPERTS, HIDDEN, generator=of(n)) for n in range(LAYERS)]
         self._bias = torch.linspace(0, 0.1, EXPERTS)
@@ -101,7 +104,7 @@ class Machine:
     @torch.inference_mode()
     def eager(self, x: torch.Tensor) -> torch.Tensor:
         """The same, operation by operation, in plain torch."""
-        device = self.places[0].slots(0).arena.device
+        device = self.places[0].slots(0).places.device
         for n in range(LAYERS):
             logits = x @ self._gates[n].T
             ids, weights = choose().route(logits, self._bias, RULE)
@@ -133,6 +136,34 @@ def test_two_gpus_give_the_bits_that_one_gives(
     assert two.program.launches(None) == one.program.launches(None)
     one.close()
     two.close()
+
+
+def test_slots_that_lie_below_the_first_one_are_found(
+    gpus: tuple[torch.device, torch.device], files: ExpertsOnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots that prompts may borrow are an allocation of their own, which may lie anywhere."""
+    usual = Machine(files, gpus, 12, 20)
+    room: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def downwards(nbytes: int, tier: Tier) -> torch.Tensor:
+        whole, end = room.get(tier.name) or (
+            torch.empty(1 << 20, dtype=torch.uint8, device=tier.device),
+            1 << 20,
+        )
+        room[tier.name] = whole, end - nbytes
+        return whole[end - nbytes : end]
+
+    monkeypatch.setattr("memory.tiers._allocate", downwards)
+    below = Machine(files, gpus, 12, 20, lent=2)
+    for table in below.store.slots.gpus:
+        assert table.arena.slot(table.arena.kept).data_ptr() < table.arena.slot(0).data_ptr()
+    random = of(7)
+    for step in range(4):
+        x = torch.randn(2, HIDDEN, generator=random)
+        assert torch.equal(below.step(x), usual.step(x)), step
+        assert [below.box.chosen(n) for n in range(LAYERS)] == [usual.box.chosen(n) for n in range(LAYERS)]
+    usual.close()
+    below.close()
 
 
 def test_experts_that_move_between_steps_are_found_where_they_are(
