@@ -27,7 +27,7 @@ class Falling:
 
 def test_progress_does_not_fall_when_a_prompt_is_computed_again() -> None:
     async def seen() -> list[PromptProgress | None]:
-        generation = Generation(Falling(), Metrics(), Wakeups(0), None)  # type: ignore[arg-type]
+        generation = Generation(Falling(), Metrics(), Wakeups(0), None, "")  # type: ignore[arg-type]
         generation.submit([5] * 10, SamplingParams())
         return [generation.prompt_progress() for _ in range(7)]
 
