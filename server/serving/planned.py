@@ -12,7 +12,7 @@ from engine.drafts.own import own_draft_bytes, own_key_bytes, room_for_drafts
 from engine.embedded import model_path
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
-from memory.hardware.profiles import HardwareProfile, parse_bytes
+from memory.hardware.profiles import DeviceSpec, HardwareProfile, parse_bytes
 from memory.hardware.quick import known_rates
 from memory.hardware.this_machine import this_machine
 from memory.pages.spaces import is_paged
@@ -152,24 +152,24 @@ def _asked(settings: Settings) -> Asked:
 
 def _devices(
     asked_for: str | None, shape: ModelShape, machine: HardwareProfile, asked: Asked
-) -> tuple[str | None, Choice]:
-    """The GPUs to use, as `--devices` names them, and why these."""
+) -> tuple[str | tuple[DeviceSpec, ...] | None, Choice]:
+    """The GPUs to use, as `--devices` names them or by number, and why these."""
     if asked_for is not None:
         devices = None if asked_for.strip() == NO_DEVICES else asked_for
         return devices, Choice("devices", asked_for, "as asked for")
-    budgets = [int(GPU_SHARE * gpu.memory_bytes) for gpu in machine.gpus]
-
-    def with_gpus(count: int) -> HardwareProfile:
-        gpus = tuple(replace(gpu, memory_bytes=budgets[n]) for n, gpu in enumerate(machine.gpus[:count]))
-        return replace(machine, gpus=gpus, disk_bytes=machine.disk_bytes + shape.disk_bytes)
-
-    count, why = chosen_gpus(shape, with_gpus, len(machine.gpus), asked)
-    if not count:
-        if machine.gpus:
+    gpus = tuple(replace(gpu, memory_bytes=int(GPU_SHARE * gpu.memory_bytes)) for gpu in machine.gpus)
+    whole = replace(machine, gpus=gpus, disk_bytes=machine.disk_bytes + shape.disk_bytes)
+    numbers, why = chosen_gpus(shape, whole, asked)
+    if not numbers:
+        if gpus:
             log.warning("no GPU of this machine is used: %s; --devices says otherwise", why)
         return None, Choice("devices", NO_DEVICES, why)
-    shown = ",".join(f"cuda:{nbytes / 2**30:.2f}GiB" for nbytes in budgets[:count])
-    return ",".join(f"cuda:{nbytes}B" for nbytes in budgets[:count]), Choice("devices", shown, why)
+    if numbers != tuple(range(len(numbers))):  # a flag would name the first ones
+        why += f"; to ask for the same, set CUDA_VISIBLE_DEVICES={','.join(map(str, numbers))} too"
+    shown = ",".join(f"cuda:{gpus[n].memory_bytes / 2**30:.2f}GiB" for n in numbers)
+    return tuple(DeviceSpec("cuda", n, gpus[n].memory_bytes, None) for n in numbers), Choice(
+        "devices", shown, why
+    )
 
 
 def _of_tiers(settings: Settings, plan: ServingPlan) -> tuple[Choice, ...]:
