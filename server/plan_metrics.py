@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from engine.engine import Engine
 from engine.families.base import Model
-from memory.hardware.this_machine import quick_path, read_measured
+from memory.hardware.this_machine import kept_rates
 from memory.planner.calibration import ENOUGH_STEPS, Comparison, Learned, compare
 from memory.planner.prefill import PrefillModel
 from memory.planner.serving import routing_of
@@ -65,12 +65,11 @@ class PlanWatch:
 
     def learned(self) -> Learned:
         """What plans to come can use."""
-        machine = self._planned.machine
         ratios = {seen.what: seen.ratio for seen in self.comparisons() if seen.ratio is not None}
         return Learned(
             self._planned.shape.name,
             tuple(tuple(layer) for layer in self._model.expert_uses()),
-            read_measured(machine, quick_path()) | read_measured(machine),
+            kept_rates(self._planned.machine, self._planned.disk),
             ratios,
         )
 

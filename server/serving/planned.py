@@ -14,7 +14,7 @@ from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
 from memory.hardware.profiles import DeviceSpec, HardwareProfile, parse_bytes
 from memory.hardware.quick import known_rates
-from memory.hardware.this_machine import this_machine
+from memory.hardware.this_machine import disk_of, this_machine
 from memory.pages.spaces import is_paged
 from memory.planner.budget import GPU_SHARE, MemoryBudget
 from memory.planner.forecast import remedy
@@ -46,6 +46,7 @@ class Planned:
 
     own_drafts  bytes for the model's own weights that guess ahead; 0 where they are not read
     draft_keys  bytes for keys that these keep
+    disk        the one that the model is on
     small_model that guesses ahead too
     """
 
@@ -56,6 +57,7 @@ class Planned:
     own_drafts: int = 0
     draft_keys: int = 0
     small_model: SmallModelFiles | None = None
+    disk: int | None = None
 
     @property
     def workload(self) -> Workload:
@@ -70,7 +72,8 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     shape = opened.family.loaded_shape(opened.checkpoint, kv_format)
     path = opened.checkpoint.path
     found = detect(path if path.is_dir() else path.parent)
-    machine = this_machine(found, known_rates(found, _largest_file(path)))
+    largest = _largest_file(path)
+    machine = this_machine(found, known_rates(found, largest))
     machine = replace(machine, dram_bytes=int(USABLE_SHARE * (machine.dram_bytes + resident_bytes())))
     asked = _asked(settings)
     devices, gpus = _devices(settings.devices, shape, machine, asked)
@@ -98,7 +101,8 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
         others.append(_of_drafts(drafts, needed, has_gpus=not all(gpu.is_virtual for gpu in budget.gpus)))
     plan = replace(plan, choices=(gpus, *plan.choices, *others))
     _check_fit(shape, plan, settings)
-    return Planned(found, shape, replace(budget, workload=plan.workload), plan, drafts, keys, small)
+    budget, disk = replace(budget, workload=plan.workload), None if largest is None else disk_of(largest)
+    return Planned(found, shape, budget, plan, drafts, keys, small, disk)
 
 
 def own_drafts_room(choice: DraftChoice, opened: OpenedModel, budget: MemoryBudget) -> int:
