@@ -104,7 +104,7 @@ def serving_plan(
         short = replace(workload, context=min(workload.context, TYPICAL_PROMPT))
         chunk = planned_chunk(shape, hardware, short)
         choices.append(
-            Choice("prefill_chunk", f"{chunk:,}", "the smallest with 98 % of prompts' best rate, by plan")
+            Choice("prefill_chunk", f"{chunk}", "the smallest with 98 % of prompts' best rate, by plan")
         )
     workload = replace(workload, prefill_chunk=chunk)
     placement = plan(shape, hardware, workload)
@@ -221,7 +221,7 @@ def _workload(
         choices.append(Choice("kv_budget", _size(nbytes), f"{tokens:,} tokens; {why}"))
     if asked.context is None:
         whole = "all that the model can" if longest == shape.max_context else "what the KV pool holds"
-        choices.append(Choice("max_model_len", f"{longest:,}", whole))
+        choices.append(Choice("max_model_len", f"{longest}", whole))
     kv = shape.kv_bytes(0, sequences) + nbytes
     prefix = asked.prefix_bytes
     if prefix is None:
@@ -264,9 +264,9 @@ def _lean_choices(shape: ModelShape, hardware: HardwareProfile, asked: Asked, wo
     chosen = {
         "max_num_seqs": (asked.sequences, f"{work.sequences}", why),
         "kv_budget": (asked.kv_bytes, _size(pool), f"{work.kv_tokens:,} tokens; {why}"),
-        "max_model_len": (asked.context, f"{work.context:,}", "what the KV pool holds"),
+        "max_model_len": (asked.context, f"{work.context}", "what the KV pool holds"),
         "prefix_cache": (asked.prefix_bytes, _size(work.prefix_bytes), why),
-        "prefill_chunk": (asked.chunk, f"{work.prefill_chunk:,}", why),
+        "prefill_chunk": (asked.chunk, f"{work.prefill_chunk}", why),
     }
     return [Choice(name, value, why) for name, (given, value, why) in chosen.items() if given is None]
 
