@@ -232,7 +232,7 @@ def test_rates_that_no_wire_carries_are_refused_by_name(says: str) -> None:
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_written_profile_is_the_machine(name: str) -> None:
-    costs = MachineCosts(1234.5, 90.0, 700.0, "EUR", 'a "quote"')
+    costs = MachineCosts(1234.5, 90.0, 700.0, "EUR", 'a "quote" of 🐟, é and \x7f')
     profile = replace(load_profile(name), costs=costs, cpu_fp8_flops=178e9, rearranged_per_core=5.6e9)
 
     assert parse_profile(profile_toml(profile), "written") == profile
