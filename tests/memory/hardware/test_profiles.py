@@ -203,6 +203,10 @@ IMPOSSIBLE = {
         "read_gb_per_s = 7\n",
         "read_gb_per_s = 14\n",
     ),
+    "a disk with 2,000,000 random reads a second of 8.192 GB/s is impossible: PCIe 4.0 x4 carries": (
+        "random_reads_per_s = 800_000",
+        "random_reads_per_s = 2_000_000",
+    ),
     "90 GB/s of DRAM is impossible: 2 channel(s) of 5200 MT/s carry 83.2 GB/s": (
         "read_gb_per_s = 70 ",
         "read_gb_per_s = 90 ",
