@@ -136,8 +136,7 @@ class LearnedFile:
                 try:
                     self._watch.learned().write(self._path)
                 except ConfigError as error:
-                    log.warning("%s", error)
-                    return
+                    log.warning("%s", error)  # and again in a minute: a disk that is full may not stay so
             elif is_over:
                 log.info("%s: not written, since fewer than %d steps were made", self._path, ENOUGH_STEPS)
 
