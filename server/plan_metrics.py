@@ -7,9 +7,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -74,15 +75,28 @@ class PlanWatch:
         )
 
     def _kv_bytes(self) -> dict[str, int]:
-        """What the KV takes, by tier: what does not grow, and the pool's budget. The planned share of a
-        virtual GPU lies in host memory, and is told apart by the plan alone."""
+        """What the KV takes, by tier: what does not grow, and the pool's budget. The share of a virtual GPU
+        lies in host memory, and is told apart by the plan alone."""
+    def kv_on_gpus(self, rows: Mapping[torch.device, int]) -> dict[str, int]:
+        """Bytes of KV on real GPUs by tier, given those of rows by device. What does not grow with sequences
+        is taken at once, as planned."""
+        placement = self._planned.plan.placement
+        planned, of_rows = placement.kv_bytes(), placement.pool_bytes()
+        return {
+            gpu.name: rows.get(gpu.device, 0) + planned.get(gpu.name, 0) - of_rows.get(gpu.name, 0)
+            for gpu in self._planned.budget.gpus
+            if not gpu.is_virtual
+        }
+
         planned = self._planned.plan.placement.kv_bytes()
-        cache = self._engine.pool.cache
-        taken = cache.nbytes - (0 if cache.program is None else cache.program.nbytes)
+        pool = self._engine.pool
+        program = pool.cache.program
+        taken = pool.cache.nbytes - (0 if program is None else program.nbytes)
         others = {tier: nbytes for tier, nbytes in planned.items() if tier != "dram"}
         return {**others, "dram": max(0, taken - sum(others.values()))} if planned else {}
 
 
+        others |= self.kv_on_gpus(pool.by_device)
 class PlanCollector(Collector):
     """`PlanWatch` for Prometheus."""
 
