@@ -20,6 +20,7 @@ from memory.hardware.this_machine import kept_rates
 from memory.planner.calibration import ENOUGH_STEPS, Comparison, Learned, compare
 from memory.planner.prefill import PrefillModel
 from memory.planner.serving import routing_of
+from memory.telemetry import Spans
 from quant.errors import ConfigError
 from server.serving.planned import Planned
 
@@ -31,7 +32,7 @@ EVERY_S = 60.0  # what was learned is written so often, and at the end
 
 class PlanWatch:
     """The plan that a model was loaded by, and the model that runs; `draft_bytes` are kept for weights that
-    guess tokens ahead."""
+    guess tokens ahead. What loading and warming up took and moved before does not count."""
 
     def __init__(self, planned: Planned, model: Model, engine: Engine, draft_bytes: int = 0) -> None:
         self._planned = planned
@@ -40,6 +41,9 @@ class PlanWatch:
         self._engine = engine
         plan = planned.plan
         self._expected = PrefillModel(planned.shape, plan.hardware, plan.placement, routing_of(planned.shape))
+        self._before = model.times
+        if model.telemetry is not None and model.expert_uses():
+            model.of_answers = Spans(model.telemetry)
 
     def planned_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes by tier and part, as planned."""
@@ -60,9 +64,8 @@ class PlanWatch:
 
     def comparisons(self) -> list[Comparison]:
         """Expected and measured; none before some hundred steps."""
-        telemetry = self._model.telemetry
-        moved = telemetry.snapshot() if telemetry is not None and self._model.expert_uses() else None
-        return compare(self._expected, self._model.times, moved)
+        moved = None if self._model.of_answers is None else self._model.of_answers.snapshot()
+        return compare(self._expected, self._model.times.since(self._before), moved)
 
     def learned(self) -> Learned:
         """What plans to come can use."""
@@ -74,9 +77,6 @@ class PlanWatch:
             ratios,
         )
 
-    def _kv_bytes(self) -> dict[str, int]:
-        """What the KV takes, by tier: what does not grow, and the pool's budget. The share of a virtual GPU
-        lies in host memory, and is told apart by the plan alone."""
     def kv_on_gpus(self, rows: Mapping[torch.device, int]) -> dict[str, int]:
         """Bytes of KV on real GPUs by tier, given those of rows by device. What does not grow with sequences
         is taken at once, as planned."""
@@ -88,15 +88,18 @@ class PlanWatch:
             if not gpu.is_virtual
         }
 
+    def _kv_bytes(self) -> dict[str, int]:
+        """What the KV takes, by tier: what does not grow, and the pool's budget. The share of a virtual GPU
+        lies in host memory, and is told apart by the plan alone."""
         planned = self._planned.plan.placement.kv_bytes()
         pool = self._engine.pool
         program = pool.cache.program
         taken = pool.cache.nbytes - (0 if program is None else program.nbytes)
         others = {tier: nbytes for tier, nbytes in planned.items() if tier != "dram"}
+        others |= self.kv_on_gpus(pool.by_device)
         return {**others, "dram": max(0, taken - sum(others.values()))} if planned else {}
 
 
-        others |= self.kv_on_gpus(pool.by_device)
 class PlanCollector(Collector):
     """`PlanWatch` for Prometheus."""
 
