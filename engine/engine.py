@@ -9,10 +9,12 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import torch
 
 from engine.cache.aside import Aside, AsideOnDisk, AsideStats
 from engine.cache.prefix import PrefixCache
@@ -50,8 +52,8 @@ class EngineStats:
 
     step_s is the time spent in steps, forward_s the model's part of it. is_failing: the last step failed its
     requests through no fault of theirs. kv_bytes may be taken in all, programs and what does not grow
-    included; kv_taken are the bytes of rows that each slot has now, of kv_budget_bytes, and kv_peak_bytes
-    the most that they had together.
+    included; kv_taken are the bytes of rows that each slot has now, of kv_budget_bytes, kv_on those on each
+    device, and kv_peak_bytes the most that they had together.
     """
 
     running: int
@@ -68,6 +70,7 @@ class EngineStats:
     stored: StoredStats | None = None
     is_failing: bool = False
     kv_taken: tuple[int, ...] = ()
+    kv_on: Mapping[torch.device, int] = field(default_factory=dict)
     kv_peak_bytes: int = 0
     kv_budget_bytes: int = 0
     sequences_aside: int = 0
@@ -301,6 +304,7 @@ class Engine:
             kv_tokens_capacity=self.pool.tokens,
             kv_bytes=self._cache.nbytes,
             kv_taken=self._cache.pages.of_slots(),
+            kv_on=self._cache.pages.taken,
             kv_peak_bytes=self._cache.pages.peak_bytes,
             kv_budget_bytes=self.pool.nbytes,
             step_s=steps.step_s,

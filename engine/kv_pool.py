@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from engine.families.base import KvCache, Model
 from memory.hardware.detect import available_memory_bytes
 from memory.planner.serving import MIN_CONTEXT, no_room, too_long
@@ -46,9 +48,15 @@ class KvPool:
     @property
     def nbytes(self) -> int:
         """Bytes of pages that all sequences together may take."""
-        pages = self.cache.pages
-        whole = self.cache.slots * pages.nbytes(self.context)
-        return whole if pages.budget_bytes is None else pages.budget_bytes
+        return sum(self.by_device.values())
+
+    @property
+    def by_device(self) -> dict[torch.device, int]:
+        """The same by device."""
+        pages, slots = self.cache.pages, self.cache.slots
+        if pages.budgets is not None:
+            return dict(pages.budgets)
+        return {device: slots * pages.nbytes(self.context, device) for device in pages.devices}
 
 
 def new_pool(model: Model, slots: int, context: int, size: PoolSize, prefix_bytes: int) -> KvPool:

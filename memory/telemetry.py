@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,3 +91,44 @@ class Telemetry:
             for name, label, count in self._followed:
                 whole[name][label] += int(count)
             return Snapshot(**whole)
+
+
+class Spans:
+    """The changes of counters while something goes on, in all the spans of time in which it did."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        now = telemetry.snapshot()
+        # What was counted in spans that are over, and how the counters stood when one began that is not:
+        # replaced together, since other threads read them.
+        self._counted: tuple[Snapshot, Snapshot | None] = since(now, now), None
+
+    def goes_on(self, now: bool) -> None:
+        """Say whether it does, from now on."""
+        counted, begun = self._counted
+        if now and begun is None:
+            self._counted = counted, self._telemetry.snapshot()
+        elif not now and begun is not None:
+            self._counted = _each(operator.add, counted, since(begun, self._telemetry.snapshot())), None
+
+    def snapshot(self) -> Snapshot:
+        """What was counted so far."""
+        counted, begun = self._counted
+        if begun is None:
+            return counted
+        return _each(operator.add, counted, since(begun, self._telemetry.snapshot()))
+
+
+def since(before: Snapshot, after: Snapshot) -> Snapshot:
+    """Counters of the time between two snapshots."""
+    return _each(operator.sub, after, before)
+
+
+def _each(combine: Callable[[float, float], float], one: Snapshot, other: Snapshot) -> Snapshot:
+    """Two snapshots, counter by counter; a label that one of them lacks is 0 there."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, counter in vars(one).items():
+        of_other = vars(other)[name]
+        labels = counter.keys() | of_other.keys()
+        found[name] = {label: combine(counter.get(label, 0), of_other.get(label, 0)) for label in labels}
+    return Snapshot(**found)

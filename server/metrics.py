@@ -6,6 +6,7 @@ import collections
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -22,6 +23,9 @@ from memory.telemetry import Snapshot
 # Seconds. A local model may take minutes to read a long prompt and is never faster than a millisecond.
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 _TOKEN_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+
+# Bytes of KV on real GPUs by tier, given those of rows by device.
+KvOnGpus = Callable[[Mapping[torch.device, int]], Mapping[str, int]]
 
 
 class Metrics:
@@ -82,9 +86,11 @@ class Metrics:
         for limit in limits:
             self.key_refusals.labels(name, limit)
 
-    def observe_engine(self, stats: Callable[[], EngineStats], model: Model) -> None:
+    def observe_engine(
+        self, stats: Callable[[], EngineStats], model: Model, kv_on_gpus: KvOnGpus = lambda rows: {}
+    ) -> None:
         """From now on report the engine's counters, the memory of each tier, and what moves between them."""
-        self.registry.register(_EngineCollector(stats, model))
+        self.registry.register(_EngineCollector(stats, model, kv_on_gpus))
 
     def observe_process(self) -> None:
         """Report the process's memory at each scrape."""
@@ -119,9 +125,10 @@ class SequenceTimer:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats], model: Model) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], model: Model, kv_on_gpus: KvOnGpus) -> None:
         self._stats = stats
         self._model = model
+        self._kv_on_gpus = kv_on_gpus
 
     def collect(self) -> Iterator[Metric]:
         now = self._stats()
@@ -170,7 +177,11 @@ class _EngineCollector(Collector):
             tiers.add_metric([tier, "weights"], nbytes)
         untaken = now.kv_budget_bytes - sum(now.kv_taken)
         in_prefixes = 0 if prefixes is None else prefixes.nbytes
-        tiers.add_metric(["dram", "kv"], max(now.kv_bytes - untaken, 0) + in_prefixes)
+        on_gpus = self._kv_on_gpus(now.kv_on)
+        for tier, nbytes in on_gpus.items():
+            tiers.add_metric([tier, "kv"], nbytes)
+        on_host = now.kv_bytes - untaken - sum(on_gpus.values())
+        tiers.add_metric(["dram", "kv"], max(on_host, 0) + in_prefixes)
         yield tiers
         experts = GaugeMetricFamily(
             "loci_experts",

@@ -7,18 +7,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
 from engine.families.base import Model
-from memory.hardware.this_machine import quick_path, read_measured
+from memory.hardware.this_machine import kept_rates
 from memory.planner.calibration import ENOUGH_STEPS, Comparison, Learned, compare
 from memory.planner.prefill import PrefillModel
 from memory.planner.serving import routing_of
+from memory.telemetry import Spans
 from quant.errors import ConfigError
 from server.serving.planned import Planned
 
@@ -30,7 +32,7 @@ EVERY_S = 60.0  # what was learned is written so often, and at the end
 
 class PlanWatch:
     """The plan that a model was loaded by, and the model that runs; `draft_bytes` are kept for weights that
-    guess tokens ahead."""
+    guess tokens ahead. What loading and warming up took and moved before does not count."""
 
     def __init__(self, planned: Planned, model: Model, engine: Engine, draft_bytes: int = 0) -> None:
         self._planned = planned
@@ -39,6 +41,9 @@ class PlanWatch:
         self._engine = engine
         plan = planned.plan
         self._expected = PrefillModel(planned.shape, plan.hardware, plan.placement, routing_of(planned.shape))
+        self._before = model.times
+        if model.telemetry is not None and model.expert_uses():
+            model.of_answers = Spans(model.telemetry)
 
     def planned_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes by tier and part, as planned."""
@@ -59,28 +64,39 @@ class PlanWatch:
 
     def comparisons(self) -> list[Comparison]:
         """Expected and measured; none before some hundred steps."""
-        telemetry = self._model.telemetry
-        moved = telemetry.snapshot() if telemetry is not None and self._model.expert_uses() else None
-        return compare(self._expected, self._model.times, moved)
+        moved = None if self._model.of_answers is None else self._model.of_answers.snapshot()
+        return compare(self._expected, self._model.times.since(self._before), moved)
 
     def learned(self) -> Learned:
         """What plans to come can use."""
-        machine = self._planned.machine
         ratios = {seen.what: seen.ratio for seen in self.comparisons() if seen.ratio is not None}
         return Learned(
             self._planned.shape.name,
             tuple(tuple(layer) for layer in self._model.expert_uses()),
-            read_measured(machine, quick_path()) | read_measured(machine),
+            kept_rates(self._planned.machine, self._planned.disk),
             ratios,
         )
 
+    def kv_on_gpus(self, rows: Mapping[torch.device, int]) -> dict[str, int]:
+        """Bytes of KV on real GPUs by tier, given those of rows by device. What does not grow with sequences
+        is taken at once, as planned."""
+        placement = self._planned.plan.placement
+        planned, of_rows = placement.kv_bytes(), placement.pool_bytes()
+        return {
+            gpu.name: rows.get(gpu.device, 0) + planned.get(gpu.name, 0) - of_rows.get(gpu.name, 0)
+            for gpu in self._planned.budget.gpus
+            if not gpu.is_virtual
+        }
+
     def _kv_bytes(self) -> dict[str, int]:
-        """What the KV takes, by tier: what does not grow, and the pool's budget. The planned share of a
-        virtual GPU lies in host memory, and is told apart by the plan alone."""
+        """What the KV takes, by tier: what does not grow, and the pool's budget. The share of a virtual GPU
+        lies in host memory, and is told apart by the plan alone."""
         planned = self._planned.plan.placement.kv_bytes()
-        cache = self._engine.pool.cache
-        taken = cache.nbytes - (0 if cache.program is None else cache.program.nbytes)
+        pool = self._engine.pool
+        program = pool.cache.program
+        taken = pool.cache.nbytes - (0 if program is None else program.nbytes)
         others = {tier: nbytes for tier, nbytes in planned.items() if tier != "dram"}
+        others |= self.kv_on_gpus(pool.by_device)
         return {**others, "dram": max(0, taken - sum(others.values()))} if planned else {}
 
 
@@ -137,8 +153,7 @@ class LearnedFile:
                 try:
                     self._watch.learned().write(self._path)
                 except ConfigError as error:
-                    log.warning("%s", error)
-                    return
+                    log.warning("%s", error)  # and again in a minute: a disk that is full may not stay so
             elif is_over:
                 log.info("%s: not written, since fewer than %d steps were made", self._path, ENOUGH_STEPS)
 

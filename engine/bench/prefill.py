@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from engine.bench.slice import since
 from engine.families.base import Batch, KvCache, Model, Segment
 from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.loader import open_model
@@ -19,7 +18,7 @@ from memory.planner.cost_model import CROSSINGS
 from memory.planner.placement import Workload
 from memory.planner.shape import ModelShape
 from memory.planner.workspace import workspace_bytes
-from memory.telemetry import Snapshot
+from memory.telemetry import Snapshot, since
 from quant.errors import ConfigError
 
 WARM_TOKENS = 64

@@ -18,7 +18,7 @@ from memory.hardware.detect import peak_resident_bytes, resident_bytes
 from memory.planner.budget import MemoryBudget
 from memory.planner.cost_model import CROSSINGS
 from memory.planner.placement import Workload
-from memory.telemetry import Snapshot
+from memory.telemetry import Snapshot, since
 from quant.errors import ConfigError
 
 PROMPT_TOKENS = 32
@@ -278,12 +278,3 @@ def _step(model: DeepseekV41, cache: KvCache, at: int, token: int, clock: Clock 
         clock.tick("head")
         return clock.last - begun
     return time.perf_counter() - begun
-
-
-def since(before: Snapshot, after: Snapshot) -> Snapshot:
-    """Counters of the time between two snapshots."""
-    changes: dict[str, dict[str, Any]] = {
-        name: {label: n - vars(before)[name].get(label, 0) for label, n in counter.items()}
-        for name, counter in vars(after).items()
-    }
-    return Snapshot(**changes)

@@ -233,6 +233,11 @@ class Pages:
         return tuple(self._taken)
 
     @property
+    def taken(self) -> dict[torch.device, int]:
+        """Bytes of all pages that slots have, by device."""
+        return dict(self._taken)
+
+    @property
     def taken_bytes(self) -> int:
         """Bytes of all pages that slots have."""
         return sum(self._taken.values())

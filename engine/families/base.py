@@ -23,10 +23,10 @@ from engine.program_report import StepPart
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.part import PartOfCheckpoint, Span
 from memory.planner.budget import MemoryBudget
-from memory.planner.calibration import StepTimes
+from memory.planner.calibration import StepTimes, is_of_answers
 from memory.planner.placement import Placement
 from memory.planner.shape import ModelShape
-from memory.telemetry import Telemetry
+from memory.telemetry import Spans, Telemetry
 from quant.errors import BudgetError, ConfigError
 from quant.formats.kv_names import KvChoice, KvFormat, resolve
 from quant.kernels.cpu.program import Program
@@ -242,6 +242,7 @@ class Model(ABC):
     info: ModelInfo
     kv_format: KvFormat = "float32"  # of its caches
     times = StepTimes()  # of its forwards
+    of_answers: Spans | None = None  # told of steps of answers alone, for whoever compares them with a plan
     keeps_whole_states = True  # also of sequences whose tokens are still to come
 
     def close(self) -> None:  # noqa: B027 - most models have nothing to close
@@ -315,10 +316,12 @@ class Model(ABC):
         """
         for segment in batch.segments:
             cache.admit(segment)
-        begun = time.perf_counter()
-        logits = self._step(batch, cache, trace)
         parts = [(segment.start, segment.length) for segment in batch.segments]
         count = len(batch.ids) if batch.wanted is None else len(batch.wanted)
+        if self.of_answers is not None:
+            self.of_answers.goes_on(is_of_answers(parts, count))
+        begun = time.perf_counter()
+        logits = self._step(batch, cache, trace)
         self.times = self.times.plus(parts, count, time.perf_counter() - begun)
         for segment in batch.segments:
             cache.advance(segment)

@@ -12,6 +12,7 @@ from memory.hardware.detect import PcieLink
 from quant.errors import ConfigError
 
 CHANNEL_BYTES = 8  # of a DDR channel, each transfer
+READ_BYTES = 4096  # of a random read
 # The fastest links that a processor has to a GPU (NVLink-C2C, one way), memory of two sockets, and a board
 # full of drives: beyond that a figure is a mistake.
 FASTEST_LINK, MOST_DRAM, MOST_DISKS = 450e9, 2000e9, 128e9
@@ -37,9 +38,11 @@ def check_link(where: str, bytes_per_s: float, link: PcieLink | None) -> None:
     _check(where, "a link", bytes_per_s, link, FASTEST_LINK, "no processor has a faster link to a GPU than")
 
 
-def check_disk(where: str, bytes_per_s: float, link: PcieLink | None) -> None:
-    """Refuse a disk that is faster than its lanes. Raises ConfigError naming it."""
-    _check(where, "a disk", bytes_per_s, link, MOST_DISKS, "no board's drives are faster together than")
+def check_disk(where: str, bytes_per_s: float, reads_per_s: float, link: PcieLink | None) -> None:
+    """Refuse a disk that is faster than its lanes, in sequence or at random. Raises ConfigError naming it."""
+    at_random = f"a disk with {reads_per_s:,.0f} random reads a second"
+    for what, rate in (("a disk", bytes_per_s), (at_random, reads_per_s * READ_BYTES)):
+        _check(where, what, rate, link, MOST_DISKS, "no board's drives are faster together than")
 
 
 def check_dram(where: str, bytes_per_s: float, channels: int | None, mt_per_s: float | None) -> None:

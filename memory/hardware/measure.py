@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -252,9 +253,22 @@ def _test_file(directory: Path, nbytes: int) -> Iterator[Path]:
 
 
 def measure_gpus() -> list[Result]:
-    """Each GPU: copies from pinned host memory alone and with all GPUs at once, its memory, arithmetic."""
+    """Each GPU: copies from pinned host memory alone and with all GPUs at once, its memory, arithmetic.
+
+    What that took of their memory is free again afterwards: plans count on it.
+    """
     if not torch.cuda.is_available():
         return []
+    try:
+        return _gpu_results()
+    except RuntimeError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold tensors
+        raise
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _gpu_results() -> list[Result]:
     gpus = range(torch.cuda.device_count())
     hosts = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in gpus]
     targets = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=f"cuda:{i}") for i in gpus]

@@ -40,5 +40,5 @@ def profile_toml(p: HardwareProfile) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of TOML."""
-    return json.dumps(text)
+    """A string of TOML, which knows no pairs of surrogates and refuses a bare DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

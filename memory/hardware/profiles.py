@@ -310,7 +310,8 @@ def _checked(f: _File, source: str) -> HardwareProfile:
                 f"{source}: {section}: {reserved} GiB of {size} GiB is reserved, which leaves nothing"
             )
     check_dram(f"{source}: dram", f.dram.read_gb_per_s * 1e9, f.dram.channels, f.dram.mt_per_s)
-    check_disk(f"{source}: disk", f.disk.read_gb_per_s * 1e9, _link(f.disk.pcie))
+    disk = f.disk
+    check_disk(f"{source}: disk", disk.read_gb_per_s * 1e9, disk.random_reads_per_s, _link(disk.pcie))
     for i, gpu in enumerate(f.gpu):
         check_link(f"{source}: gpu.{i}", gpu.link_gb_per_s * 1e9, _link(gpu.pcie))
     return _profile(f)

@@ -1,5 +1,6 @@
 """A look at this machine that takes seconds: rates that plans rest on, where `loci bench hardware` has not
-measured them. What was seen is kept in the user's cache, for as long as the machine is the same.
+measured them. What was seen is kept in the user's cache, for as long as the machine is the same; of a disk,
+as long as that is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from memory.hardware.detect import Machine, available_memory_bytes
-from memory.hardware.this_machine import Result, quick_path, read_measured, write_results
+from memory.hardware.this_machine import (
+    Result,
+    disk_of,
+    kept_rates,
+    quick_path,
+    read_measured,
+    write_results,
+)
 from quant.errors import ConfigError, LociError
 
 logger = logging.getLogger("loci.memory")
@@ -30,7 +38,8 @@ def known_rates(machine: Machine, file: Path | None = None, *, seconds: float = 
 
     file  a large one on the disk that the model is read from
     """
-    known = read_measured(machine, quick_path()) | read_measured(machine)
+    disk = None if file is None else disk_of(file)
+    known = kept_rates(machine, disk)
     begun, found = time.monotonic(), []
     is_busy = os.getloadavg()[0] > BUSY * machine.cores
     for names, measure in _stages(machine, file):
@@ -42,10 +51,10 @@ def known_rates(machine: Machine, file: Path | None = None, *, seconds: float = 
             logger.info("not measured: %s", error)
     if found and not is_busy:
         new = {result.name for result in found}
-        seen = read_measured(machine, quick_path()).items()
+        seen = read_measured(machine, quick_path(), disk).items()
         kept = [Result(name, value, "") for name, value in seen if name not in new]
         try:
-            write_results(quick_path(), machine, [*kept, *found])
+            write_results(quick_path(), machine, [*kept, *found], disk)
         except ConfigError as error:
             logger.info("not kept: %s", error)
     return {result.name: result.value for result in found} | known

@@ -1,7 +1,7 @@
 """This machine as a hardware profile: detected, measured and assumed values.
 
 Measurements come from `loci bench hardware`, which leaves them in the user's cache. They are used as
-long as processor, memory and GPUs are the ones they were made on.
+long as processor, memory and GPUs are the ones they were made on; of a disk, for files on that disk.
 """
 
 from __future__ import annotations
@@ -66,9 +66,15 @@ def quick_path() -> Path:
     return user_cache() / "hardware-seen.json"
 
 
-def write_results(path: Path, machine: Machine, results: Sequence[Result]) -> None:
-    """Write measurements as JSON, atomically."""
-    report = {"machine": machine_facts(machine), "results": [vars(result) for result in results]}
+def disk_of(path: Path) -> int:
+    """The number of the device that a file or directory is on."""
+    return path.stat().st_dev
+
+
+def write_results(path: Path, machine: Machine, results: Sequence[Result], disk: int | None = None) -> None:
+    """Write measurements as JSON, atomically; `disk` is the one that was measured (`disk_of`)."""
+    facts = machine_facts(machine) | ({} if disk is None else {"disk": disk})
+    report = {"machine": facts, "results": [vars(result) for result in results]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -77,8 +83,16 @@ def write_results(path: Path, machine: Machine, results: Sequence[Result]) -> No
         raise ConfigError(f"{path}: cannot be written ({error}); choose another path") from None
 
 
-def read_measured(machine: Machine, path: Path | None = None) -> dict[str, float]:
-    """Measured values by name; none where there are none, or where they are another machine's."""
+def kept_rates(machine: Machine, disk: int | None = None) -> dict[str, float]:
+    """All that is known of this machine: what was measured, and what a server has seen."""
+    return read_measured(machine, quick_path(), disk) | read_measured(machine, disk=disk)
+
+
+def read_measured(machine: Machine, path: Path | None = None, disk: int | None = None) -> dict[str, float]:
+    """Measured values by name; none where there are none, or where they are another machine's.
+
+    disk  the one that counts: rates of others are left out; None for whichever was measured
+    """
     path = path or cache_path()
     try:
         if path.stat().st_size > MAX_CACHE_BYTES:
@@ -91,6 +105,8 @@ def read_measured(machine: Machine, path: Path | None = None) -> dict[str, float
         if not is_same:
             return {}
         values = {str(item["name"]): float(item["value"]) for item in report["results"]}
+        if disk is not None and facts.get("disk") != disk:
+            values = {name: value for name, value in values.items() if not name.startswith("disk_")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # measuring again fixes it
     if values.get("dram_read", 0.0) < values.get("dram_read_1_thread", 0.0):
@@ -105,7 +121,7 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
     """The machine this runs on, with measurements where there are any; `assumed` says what there isn't."""
     machine = machine or detect()
     if measured is None:
-        measured = read_measured(machine, quick_path()) | read_measured(machine)
+        measured = kept_rates(machine)
     assumed: list[str] = []
 
     def rate(name: str, fallback: float, what: str, unit: str, scale: float = 1e9) -> float:

@@ -82,16 +82,17 @@ class MemoryBudget:
     def of_this_machine(
         cls,
         dram: str | None = None,
-        devices: str | None = None,
+        devices: str | Sequence[DeviceSpec] | None = None,
         workload: Workload | None = None,
         kv_format: KvFormat = "float32",
     ) -> MemoryBudget:
-        """Budgets as a person writes them: `dram` like `16GiB`, `devices` like `virtual:24GiB@12.5GB/s`.
+        """Budgets as a person writes them: `dram` like `16GiB`, `devices` like `virtual:24GiB@12.5GB/s`,
+        or certain ones.
 
         Without `dram` it is a share of the memory that is free now, less what virtual GPUs take of
         it. Raises ConfigError for text that is not understood, BudgetError where there is not as much.
         """
-        specs = parse_devices(devices) if devices else ()
+        specs = parse_devices(devices) if isinstance(devices, str) and devices else tuple(devices or ())
         machine = this_machine() if specs else None
         gpus = tuple(_tier(f"vram:{number}", device, machine) for number, device in enumerate(specs))
         if sum(not gpu.is_virtual for gpu in gpus) > 1:

@@ -37,6 +37,15 @@ class Seen:
         """And one more."""
         return Seen(self.count + 1, self.seconds + seconds, self.tokens + tokens, self.held + held)
 
+    def since(self, before: Seen) -> Seen:
+        """Those that came after `before`."""
+        return Seen(
+            self.count - before.count,
+            self.seconds - before.seconds,
+            self.tokens - before.tokens,
+            self.held - before.held,
+        )
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -56,12 +65,25 @@ class StepTimes:
         whose tokens so many had logits."""
         count, held = len(segments), sum(before for before, _ in segments)
         tokens = sum(length for _, length in segments)
-        if tokens == count == logits:
+        if is_of_answers(segments, logits):
             found = self.decode.get(count, Seen()).plus(seconds, tokens, held)
             return replace(self, decode={**self.decode, count: found})
         if count == 1 and logits <= 1:
             return replace(self, prompts=self.prompts.plus(seconds, tokens, held))
         return self
+
+    def since(self, before: StepTimes) -> StepTimes:
+        """Those of steps that came after `before`."""
+        decode = {count: seen.since(before.decode.get(count, Seen())) for count, seen in self.decode.items()}
+        return StepTimes(
+            {count: seen for count, seen in decode.items() if seen.count}, self.prompts.since(before.prompts)
+        )
+
+
+def is_of_answers(segments: Sequence[tuple[int, int]], logits: int) -> bool:
+    """Whether a step is of answers alone, as `StepTimes.plus` is told of it: one token of each sequence, and
+    logits of all."""
+    return sum(length for _, length in segments) == len(segments) == logits
 
 
 @dataclass(frozen=True)
@@ -82,7 +104,7 @@ class Comparison:
 def compare(model: PrefillModel, times: StepTimes, moved: Snapshot | None) -> list[Comparison]:
     """A plan's steps and those that were measured, the same number of each kind.
 
-    moved  what was hit, read and waited for meanwhile; None where nothing can move
+    moved  what was hit, read and waited for in steps of answers alone; None where nothing can move
     """
     steps, prompts = times.decoded, times.prompts
     if steps < ENOUGH_STEPS:
@@ -106,8 +128,7 @@ def compare(model: PrefillModel, times: StepTimes, moved: Snapshot | None) -> li
     uses = sum(moved.hits.values()) if moved is not None else 0
     if moved is None or not uses:
         return found
-    decoded = sum(seen.tokens for _, seen in planned)
-    tokens = decoded + prompts.tokens
+    tokens = sum(seen.tokens for _, seen in planned)
     for tier in ("vram", "dram", "nvme"):
         hits = sum(count for name, count in moved.hits.items() if name.startswith(tier))
         share = _mean([cost.hit_rates.get(tier, 0.0) for cost, _ in planned], planned)
@@ -115,7 +136,7 @@ def compare(model: PrefillModel, times: StepTimes, moved: Snapshot | None) -> li
             found.append(Comparison(f"hits in {tier}", "share", share, hits / uses))
     if read := moved.moved_bytes.get("nvme", 0):
         nbytes = _mean([cost.nbytes.get("nvme", 0.0) for cost, _ in planned], planned)
-        found.append(Comparison("read from disk", "B/token", nbytes * steps / decoded, read / tokens))
+        found.append(Comparison("read from disk", "B/token", nbytes * steps / tokens, read / tokens))
         wait = _mean([cost.seconds.get(DISK, 0.0) for cost, _ in planned], planned)
         found.append(Comparison("waits for disk", "s/step", wait, moved.stalled_on("nvme") / steps))
     return found

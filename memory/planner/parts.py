@@ -244,4 +244,5 @@ def _check(parts: Parts, source: str) -> None:
                     f"{source}: {platform.name!r}: gpu_links for {count} card(s) are {len(links)}"
                 )
     for disk in parts.disks:
-        check_disk(f"{source}: {disk.name!r}", disk.read_gb_per_s * 1e9, disk.pcie)
+        where = f"{source}: {disk.name!r}"
+        check_disk(where, disk.read_gb_per_s * 1e9, disk.random_reads_per_s, disk.pcie)

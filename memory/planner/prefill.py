@@ -7,8 +7,9 @@ late layers compute a prompt's last tokens alone.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,11 +67,9 @@ class PrefillModel(CostModel):
         efficiency: Efficiency | None = None,
     ) -> None:
         super().__init__(shape, hardware, placement, routing, efficiency)
-        self._held = self._experts
-        self._slots: dict[str, int] = defaultdict(int)  # of each tier, for experts
-        for places in self._held:
-            for tier, count in places.items():
-                self._slots[tier] += count
+        self._slots: Counter[str] = Counter()  # of each tier, for experts
+        for places in self._experts:
+            self._slots.update(places)
         self._rings = {
             tier: ring_slots(count)
             for tier, count in self._slots.items()
@@ -79,20 +78,20 @@ class PrefillModel(CostModel):
 
     def prefill(self, chunk: int, prompt: int, held: int = 0) -> StepCost:
         """A prompt of `prompt` tokens of one sequence that holds `held` tokens before them, in chunks."""
-        self._experts = self._held_meanwhile(chunk)
+        meanwhile = copy(self)
+        meanwhile._experts = self._held_meanwhile(chunk)
         total = StepCost(prompt)
         hits: dict[str, float] = defaultdict(float)
         tail = max((layer.tail or 0 for layer in self.shape.layers), default=0)
         for alike in _chunks(chunk, prompt, tail):
             of_each: dict[str, float] = defaultdict(float)
-            total.add(self._chunk(alike, int(held + alike.held), of_each), alike.count)
+            total.add(meanwhile._chunk(alike, int(held + alike.held), of_each), alike.count)
             for tier, picks in of_each.items():
                 hits[tier] += alike.count * picks
         tier = self.placement.tier_of("head", None)
         time, resource = self._on(tier, self.shape.head.nbytes, 2 * self.shape.head.parameters)
         total.seconds[resource] += time
         total.nbytes[tier] += self.shape.head.nbytes
-        self._experts = self._held
         picks = sum(hits.values())
         total.hit_rates = {tier: hits[tier] / picks if picks else 0.0 for tier in ("vram", "dram", "nvme")}
         total.seconds = {resource: time for resource, time in total.seconds.items() if time > 0}
@@ -122,7 +121,7 @@ class PrefillModel(CostModel):
                 borrowed += min(count // 2, -(-lent // size))
             shares[tier] = borrowed / count if count and tier != "nvme" else 0.0
         meanwhile = []
-        for places in self._held:
+        for places in self._experts:
             held = {tier: int(count * (1.0 - shares[tier])) for tier, count in places.items()}
             below = "dram" if has_copies else "nvme"
             held[below] = held.get(below, 0) + sum(places.values()) - sum(held.values())

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from memory.planner.economics import ApiPrice, Tokens
 from memory.toml_files import Section, Whole, parse_toml, read_toml
+from quant.errors import ConfigError
 
 PAGE = "docs/economics.md"
 
@@ -91,6 +92,10 @@ class Assumptions:
 def load_prices(path: Path | None) -> PriceList:
     """A price list; None: the one that comes with Loci. Raises ConfigError."""
     found = _read(_PriceFile, path, "prices.toml")
+    names = [each.name for each in found.api]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path or 'the shipped prices.toml'}: two prices are called {name!r}")
     entries = tuple(
         ApiPrice(
             each.name,

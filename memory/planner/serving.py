@@ -7,7 +7,6 @@ what an operator has set is taken as it is.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from memory.hardware.profiles import HardwareProfile, written
@@ -105,7 +104,7 @@ def serving_plan(
         short = replace(workload, context=min(workload.context, TYPICAL_PROMPT))
         chunk = planned_chunk(shape, hardware, short)
         choices.append(
-            Choice("prefill_chunk", f"{chunk:,}", "the smallest with 98 % of prompts' best rate, by plan")
+            Choice("prefill_chunk", f"{chunk}", "the smallest with 98 % of prompts' best rate, by plan")
         )
     workload = replace(workload, prefill_chunk=chunk)
     placement = plan(shape, hardware, workload)
@@ -118,40 +117,56 @@ def routing_of(shape: ModelShape) -> Routing:
     return SKEWED if shape.expert_nbytes else UNIFORM
 
 
-def chosen_gpus(
-    shape: ModelShape, with_gpus: Callable[[int], HardwareProfile], count: int, asked: Asked
-) -> tuple[int, str]:
-    """How many of `count` GPUs to use, and why: with so many steps are fastest.
-
-    with_gpus  the machine with the first so many of its GPUs
+def chosen_gpus(shape: ModelShape, hardware: HardwareProfile, asked: Asked) -> tuple[tuple[int, ...], str]:
+    """Which GPUs of a machine to use, and why: with the first so many of those that are of use, steps are
+    fastest.
 
     Raises BudgetError where the KV pool that was asked for holds no sequence with any number of them.
     """
-    if not count:
-        return 0, "there is no GPU"
+    everything = tuple(range(len(hardware.gpus)))
+    if not everything:
+        return (), "there is no GPU"
     if not shape.expert_nbytes:
-        return 0, "models without routed experts are computed by the processor"
+        return (), "models without routed experts are computed by the processor"
+    asked = replace(asked, chunk=asked.chunk or MIN_CONTEXT)
+    useful = _gpus_of_use(shape, hardware, asked) if len(everything) > 1 else everything
     rates: dict[int, float] = {}
     refused: dict[int, BudgetError] = {}  # GPUs have larger pages than the host
-    for some in range(count + 1):
+    for some in range(len(useful) + 1):
+        gpus = tuple(hardware.gpus[n] for n in useful[:some])
         try:
-            found = serving_plan(shape, with_gpus(some), replace(asked, chunk=asked.chunk or MIN_CONTEXT))
+            found = serving_plan(shape, replace(hardware, gpus=gpus), asked)
         except BudgetError as error:
             refused[some] = error
             continue
-        used = {place.tier for place in found.placement.places if place.tier.startswith("vram")}
         is_long_enough = found.workload.context >= (asked.context or 0)
-        if found.placement.fits and is_long_enough and len(used) == some:
+        if found.placement.fits and is_long_enough and len(_used_gpus(found)) == some:
             steps = found.expected.alone.tokens_per_s * found.expected.together.tokens_per_s
             rates[some] = steps**0.5
     if not rates:
         if refused:
             raise refused[max(refused)]
-        return count, "the model needs all there is"
+        return everything, "the model needs all there is"
     best = next(some for some in rates if rates[some] * WORTH_A_GPU >= max(rates.values()))
     all_rates = ", ".join(f"{rate:.3g} tok/s with {some or 'none'}" for some, rate in rates.items())
     others = f"; with {' or '.join(map(str, refused))} the KV pool asked for holds no sequence"
-    return best, f"by plan {all_rates}{others if refused else ''}"
+    useless = ", ".join(f"GPU {n}" for n in everything if n not in useful)
+    empty = f"; nothing would lie on {useless}" if useless else ""
+    return useful[:best], f"by plan {all_rates}{others if refused else ''}{empty}"
+
+
+def _gpus_of_use(shape: ModelShape, hardware: HardwareProfile, asked: Asked) -> tuple[int, ...]:
+    """The GPUs that a plan with all of them puts anything on. One with next to no free memory, say because a
+    screen or another program has it, has no room even for what computing takes."""
+    try:
+        used = _used_gpus(serving_plan(shape, hardware, asked))
+    except BudgetError:
+        return tuple(range(len(hardware.gpus)))
+    return tuple(n for n in range(len(hardware.gpus)) if f"vram:{n}" in used)
+
+
+def _used_gpus(found: ServingPlan) -> set[str]:
+    return {place.tier for place in found.placement.places if place.tier.startswith("vram")}
 
 
 def _workload(
@@ -206,7 +221,7 @@ def _workload(
         choices.append(Choice("kv_budget", _size(nbytes), f"{tokens:,} tokens; {why}"))
     if asked.context is None:
         whole = "all that the model can" if longest == shape.max_context else "what the KV pool holds"
-        choices.append(Choice("max_model_len", f"{longest:,}", whole))
+        choices.append(Choice("max_model_len", f"{longest}", whole))
     kv = shape.kv_bytes(0, sequences) + nbytes
     prefix = asked.prefix_bytes
     if prefix is None:
@@ -249,9 +264,9 @@ def _lean_choices(shape: ModelShape, hardware: HardwareProfile, asked: Asked, wo
     chosen = {
         "max_num_seqs": (asked.sequences, f"{work.sequences}", why),
         "kv_budget": (asked.kv_bytes, _size(pool), f"{work.kv_tokens:,} tokens; {why}"),
-        "max_model_len": (asked.context, f"{work.context:,}", "what the KV pool holds"),
+        "max_model_len": (asked.context, f"{work.context}", "what the KV pool holds"),
         "prefix_cache": (asked.prefix_bytes, _size(work.prefix_bytes), why),
-        "prefill_chunk": (asked.chunk, f"{work.prefill_chunk:,}", why),
+        "prefill_chunk": (asked.chunk, f"{work.prefill_chunk}", why),
     }
     return [Choice(name, value, why) for name, (given, value, why) in chosen.items() if given is None]
 

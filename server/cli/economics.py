@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quant.errors import ConfigError
+from server.cli.arguments import ApiKey
 from server.cli.money_arguments import Against, CostFiles, CostsFile, Plot, Price, PricesFile
 
 HERE = "http://127.0.0.1:8000"
@@ -20,6 +21,7 @@ def economics(
             show_default=False,
         ),
     ] = None,
+    api_key: ApiKey = None,
     prometheus: Annotated[
         str | None,
         typer.Option(help="Address of a Prometheus server that scrapes it, instead.", show_default=False),
@@ -73,11 +75,11 @@ def economics(
         raise ConfigError("--watts-query: asks a Prometheus server; give --prometheus too")
     if plot is not None:
         need_matplotlib()
-    known = None if hardware is None else load_profile(hardware).costs
+    known = None if hardware in (None, "this") else load_profile(hardware).costs
     if prometheus is not None:
         found = from_prometheus(prometheus, days or 30.0, watts_query)
     else:
-        found = from_metrics(metrics or HERE, days)
+        found = from_metrics(metrics or HERE, days, api_key=api_key)
     report = report_of(
         f"use of {found.days:.3g} days",
         found.rates,

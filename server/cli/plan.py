@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -138,23 +139,39 @@ def plan(
         recorded = from_counts(learned.uses, f"{measured}, as a server learned it")
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
+    if trace is not None and measured is not None:
+        raise ConfigError("--trace and --measured: give one of them, both say how experts are used")
+    if economics and drafts:
+        raise ConfigError("--economics and --drafts: one after the other")
+    of_costs = {"--price": price, "--costs": costs, "--prices": prices, "--against": against, "--plot": plot}
+    if not economics:
+        _refuse(of_costs, "says what tokens cost; give --economics too")
     if budget is None:
-        for name, value in (("--parts", parts), ("--own", own), ("--save", save)):
-            if value:
-                raise ConfigError(f"{name}: says what --budget may buy; give --budget too")
+        _refuse(
+            {"--parts": parts, "--own": own or None, "--save": save},
+            "says what --budget may buy; give --budget too",
+        )
     else:
         if economics:
             raise ConfigError("--budget and --economics: one after the other, with --save and --hardware")
+        of_machine = {"--hardware": hardware or None, "--devices": devices, "--dram": dram}
+        _refuse(of_machine, "names a machine, but --budget buys one; give one of them")
+        of_plan = {"--prefill-chunk": prefill_chunk, "--layers": layers or None, "--drafts": drafts or None}
+        _refuse(of_plan, "is not for --budget; write the machine with --save, then plan it with --hardware")
         purchase = Purchase(budget, parts, own or [], goal, save)
         if not show_purchase(shape, context, batch, recorded, purchase, as_json=as_json):
             raise typer.Exit(DOES_NOT_FIT)
         return
     machines = hardware or ["this"]
     if len(machines) > 1:
-        of_one = {"--economics": economics, "--drafts": drafts, "--trace": trace, "--measured": measured}
-        for name, given in of_one.items():
-            if given:
-                raise ConfigError(f"{name}: says something of one machine; give --hardware once")
+        of_one = {
+            "--economics": economics or None,
+            "--drafts": drafts or None,
+            "--layers": layers or None,
+            "--trace": trace,
+            "--measured": measured,
+        }
+        _refuse(of_one, "says something of one machine; give --hardware once")
         from server.cli.plan_stages import bits_per_s, cuts_of, show_stages
 
         profiles = [_hardware(name, devices, dram, shape if _on_disk(model) else None) for name in machines]
@@ -165,6 +182,10 @@ def plan(
     rates = None if learned is None or machines != ["this"] else learned.rates
     machine = _hardware(machines[0], devices, dram, shape if _on_disk(model) else None, rates)
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
+    if (drafts or economics) and not make_plan(shape, machine, workload).fits:
+        without = f"without {'--drafts' if drafts else '--economics'}, its plan says why"
+        print(f"loci: {shape.name} does not fit on {machine.name}; {without}", file=sys.stderr)
+        raise typer.Exit(DOES_NOT_FIT)
     if drafts:
         show_drafts(shape, machine, workload, recorded, as_json=as_json)
         return
@@ -182,6 +203,13 @@ def plan(
             print(f"{what}: measured {ratio:.2f} times what was expected then")
     if not fits:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Raises ConfigError where one of these options was given, since it would do nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name}: {why}")
 
 
 def _shape(model: str, experts: str | None, kv_format: KvChoice) -> ModelShape:
@@ -237,7 +265,7 @@ def _hardware(
     rates: Mapping[str, float] | None = None,
 ) -> HardwareProfile:
     """The machine asked for; on_disk is the model where it lies on this machine's disk already, `rates` what
-    was measured of it."""
+    was measured of it. Raises ConfigError where it has not as much as was asked for."""
     from memory.hardware.profiles import load_profile, parse_bytes, parse_devices
     from memory.hardware.this_machine import this_machine
 
@@ -246,4 +274,12 @@ def _hardware(
         machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.disk_bytes)
     if devices is not None:
         machine = machine.with_devices(parse_devices(devices))
-    return machine if dram is None else replace(machine, dram_bytes=parse_bytes(dram))
+    if dram is None:
+        return machine
+    asked = parse_bytes(dram)
+    if asked > machine.dram_bytes:
+        raise ConfigError(
+            f"--dram {dram}: {machine.name} has {machine.dram_bytes / 1e9:.1f} GB of DRAM for models, but "
+            f"{asked / 1e9:.1f} GB was requested"
+        )
+    return replace(machine, dram_bytes=asked)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.errors import ConfigError
 from server.cli.money_arguments import CostFiles
 
 if TYPE_CHECKING:
@@ -25,10 +24,9 @@ def show_economics(
     *,
     as_json: bool,
 ) -> None:
-    """Print what tokens cost at the speeds that a plan forecasts. Raises ConfigError if it does not fit."""
+    """Print what tokens cost at the speeds that a plan forecasts of a model that fits."""
     from memory.planner.economics import Rates
     from memory.planner.forecast import forecast
-    from memory.planner.placing import plan
     from memory.planner.routing import SKEWED, UNIFORM
     from server.cli.economics_case import report_of
     from server.cli.economics_report import show_report
@@ -36,10 +34,6 @@ def show_economics(
 
     if plot is not None:
         need_matplotlib()
-    if not plan(shape, machine, workload).fits:
-        raise ConfigError(
-            f"{shape.name} does not fit on {machine.name}; without --economics, its plan says why"
-        )
     routing = recorded or (SKEWED if shape.expert_nbytes else UNIFORM)
     found = forecast(shape, machine, workload, routing)
     reading = found.prefill.tokens_per_s

@@ -203,4 +203,4 @@ def _save(best: Advice, shape: ModelShape, parts: Parts, file: Path) -> None:
         f"# Built of a list of parts for {shape.name}; rates are forecasts from data sheets, not measured.\n"
     )
     with whole_file(file) as temporary:
-        temporary.write_text(note + profile_toml(profile))
+        temporary.write_text(note + profile_toml(profile), encoding="utf-8")

@@ -12,7 +12,7 @@ import httpx
 
 from memory.planner.economics import DAY_S, Rates, Tokens
 from quant.errors import ConfigError, LociError
-from server.cli.top import MAX_PAGE_BYTES, Sample, look
+from server.cli.top import MAX_PAGE_BYTES, Sample, look_at
 
 # What is counted, by what it is; without these nothing can be said.
 NEEDED = {
@@ -75,12 +75,13 @@ def from_prometheus(
     return _recorded(counted, covered, watts, f"Prometheus at {url}, {covered:.3g} days")
 
 
-def from_metrics(source: str, days: float | None, now: Callable[[], float] = time.time) -> Recorded:
+def from_metrics(
+    source: str, days: float | None, now: Callable[[], float] = time.time, *, api_key: str | None = None
+) -> Recorded:
     """From a server's page of metrics: its address, or a file. They count since it started: `days` ago, or
     as long as the page itself says. Raises LociError."""
     if source.startswith(("http://", "https://")):
-        with httpx.Client(timeout=10) as client:
-            sample, until = look(client, source), now()
+        sample, until = look_at(source, api_key), now()
     else:
         sample, until = _saved(Path(source)), Path(source).stat().st_mtime
     counted = {}

@@ -331,7 +331,7 @@ def _ahead(now: Sample) -> Table:
 
 
 def plan_of(now: Sample) -> Table:
-    """What the plan expects of steps, beside what was measured since the server started."""
+    """What the plan expects of steps, beside what was measured since the server was ready."""
     table = _table("the plan", "expected", "measured", "ratio")
     for at, expected in now.values["loci_plan_expected"].items():
         what, unit = dict(at)["what"], dict(at)["unit"]

@@ -12,9 +12,9 @@ from engine.drafts.own import own_draft_bytes, own_key_bytes, room_for_drafts
 from engine.embedded import model_path
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
-from memory.hardware.profiles import HardwareProfile, parse_bytes
+from memory.hardware.profiles import DeviceSpec, HardwareProfile, parse_bytes
 from memory.hardware.quick import known_rates
-from memory.hardware.this_machine import this_machine
+from memory.hardware.this_machine import disk_of, this_machine
 from memory.pages.spaces import is_paged
 from memory.planner.budget import GPU_SHARE, MemoryBudget
 from memory.planner.forecast import remedy
@@ -46,6 +46,7 @@ class Planned:
 
     own_drafts  bytes for the model's own weights that guess ahead; 0 where they are not read
     draft_keys  bytes for keys that these keep
+    disk        the one that the model is on
     small_model that guesses ahead too
     """
 
@@ -56,6 +57,7 @@ class Planned:
     own_drafts: int = 0
     draft_keys: int = 0
     small_model: SmallModelFiles | None = None
+    disk: int | None = None
 
     @property
     def workload(self) -> Workload:
@@ -70,7 +72,8 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     shape = opened.family.loaded_shape(opened.checkpoint, kv_format)
     path = opened.checkpoint.path
     found = detect(path if path.is_dir() else path.parent)
-    machine = this_machine(found, known_rates(found, _largest_file(path)))
+    largest = _largest_file(path)
+    machine = this_machine(found, known_rates(found, largest))
     machine = replace(machine, dram_bytes=int(USABLE_SHARE * (machine.dram_bytes + resident_bytes())))
     asked = _asked(settings)
     devices, gpus = _devices(settings.devices, shape, machine, asked)
@@ -98,7 +101,8 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
         others.append(_of_drafts(drafts, needed, has_gpus=not all(gpu.is_virtual for gpu in budget.gpus)))
     plan = replace(plan, choices=(gpus, *plan.choices, *others))
     _check_fit(shape, plan, settings)
-    return Planned(found, shape, replace(budget, workload=plan.workload), plan, drafts, keys, small)
+    budget, disk = replace(budget, workload=plan.workload), None if largest is None else disk_of(largest)
+    return Planned(found, shape, budget, plan, drafts, keys, small, disk)
 
 
 def own_drafts_room(choice: DraftChoice, opened: OpenedModel, budget: MemoryBudget) -> int:
@@ -152,24 +156,24 @@ def _asked(settings: Settings) -> Asked:
 
 def _devices(
     asked_for: str | None, shape: ModelShape, machine: HardwareProfile, asked: Asked
-) -> tuple[str | None, Choice]:
-    """The GPUs to use, as `--devices` names them, and why these."""
+) -> tuple[str | tuple[DeviceSpec, ...] | None, Choice]:
+    """The GPUs to use, as `--devices` names them or by number, and why these."""
     if asked_for is not None:
         devices = None if asked_for.strip() == NO_DEVICES else asked_for
         return devices, Choice("devices", asked_for, "as asked for")
-    budgets = [int(GPU_SHARE * gpu.memory_bytes) for gpu in machine.gpus]
-
-    def with_gpus(count: int) -> HardwareProfile:
-        gpus = tuple(replace(gpu, memory_bytes=budgets[n]) for n, gpu in enumerate(machine.gpus[:count]))
-        return replace(machine, gpus=gpus, disk_bytes=machine.disk_bytes + shape.disk_bytes)
-
-    count, why = chosen_gpus(shape, with_gpus, len(machine.gpus), asked)
-    if not count:
-        if machine.gpus:
+    gpus = tuple(replace(gpu, memory_bytes=int(GPU_SHARE * gpu.memory_bytes)) for gpu in machine.gpus)
+    whole = replace(machine, gpus=gpus, disk_bytes=machine.disk_bytes + shape.disk_bytes)
+    numbers, why = chosen_gpus(shape, whole, asked)
+    if not numbers:
+        if gpus:
             log.warning("no GPU of this machine is used: %s; --devices says otherwise", why)
         return None, Choice("devices", NO_DEVICES, why)
-    shown = ",".join(f"cuda:{nbytes / 2**30:.2f}GiB" for nbytes in budgets[:count])
-    return ",".join(f"cuda:{nbytes}B" for nbytes in budgets[:count]), Choice("devices", shown, why)
+    if numbers != tuple(range(len(numbers))):  # a flag would name the first ones
+        why += f"; to ask for the same, set CUDA_VISIBLE_DEVICES={','.join(map(str, numbers))} too"
+    shown = ",".join(f"cuda:{gpus[n].memory_bytes / 2**30:.2f}GiB" for n in numbers)
+    return tuple(DeviceSpec("cuda", n, gpus[n].memory_bytes, None) for n in numbers), Choice(
+        "devices", shown, why
+    )
 
 
 def _of_tiers(settings: Settings, plan: ServingPlan) -> tuple[Choice, ...]:

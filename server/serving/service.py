@@ -250,8 +250,11 @@ class Service:
             except Exception as error:
                 self.failure = error
             else:
-                self.metrics.observe_engine(served.engine.stats, served.loaded.model)
-                if served.watch is not None:
+                of_model = served.engine.stats, served.loaded.model
+                if served.watch is None:
+                    self.metrics.observe_engine(*of_model)
+                else:
+                    self.metrics.observe_engine(*of_model, served.watch.kv_on_gpus)
                     self.metrics.registry.register(PlanCollector(served.watch))
                     if self.settings.measured_file is not None:
                         self._learned = LearnedFile(self.settings.measured_file, served.watch)

@@ -32,7 +32,7 @@ def hardware(
     """
     from memory.hardware.detect import detect
     from memory.hardware.measure import measure_cpu, measure_disk, measure_dram, measure_gpus, working_bytes
-    from memory.hardware.this_machine import cache_path, write_results
+    from memory.hardware.this_machine import cache_path, disk_of, write_results
 
     can_be_written(cache_path())
     where = directory or Path.cwd()
@@ -53,5 +53,5 @@ def hardware(
     if not any(r.name == "disk_read" for r in results):
         print(f"{where}: this file system does not support direct reads; choose another with --directory")
     for path in (cache_path(), *([json_file] if json_file else [])):
-        write_results(path, machine, results)
+        write_results(path, machine, results, disk_of(where))
         print(f"written to {path}")

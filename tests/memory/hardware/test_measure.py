@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,3 +145,27 @@ def test_measuring_takes_little_of_the_memory_that_is_free() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_gpus_nothing_is_measured_of_them() -> None:
     assert measure_gpus() == []
+
+
+def test_what_measuring_took_of_a_gpu_is_free_again_also_where_it_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive_when_emptied: list[int] = []
+
+    def fails() -> list[Result]:
+        tensor = torch.zeros(8)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("a small card")
+
+    def emptied() -> None:
+        alive_when_emptied.append(sum(each() is not None for each in held))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    monkeypatch.setattr(measure, "_gpu_results", list)
+    assert measure_gpus() == []
+    monkeypatch.setattr(measure, "_gpu_results", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_gpus()
+    assert alive_when_emptied == [0, 0]

@@ -203,6 +203,10 @@ IMPOSSIBLE = {
         "read_gb_per_s = 7\n",
         "read_gb_per_s = 14\n",
     ),
+    "a disk with 2,000,000 random reads a second of 8.192 GB/s is impossible: PCIe 4.0 x4 carries": (
+        "random_reads_per_s = 800_000",
+        "random_reads_per_s = 2_000_000",
+    ),
     "90 GB/s of DRAM is impossible: 2 channel(s) of 5200 MT/s carry 83.2 GB/s": (
         "read_gb_per_s = 70 ",
         "read_gb_per_s = 90 ",
@@ -232,7 +236,7 @@ def test_rates_that_no_wire_carries_are_refused_by_name(says: str) -> None:
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_written_profile_is_the_machine(name: str) -> None:
-    costs = MachineCosts(1234.5, 90.0, 700.0, "EUR", 'a "quote"')
+    costs = MachineCosts(1234.5, 90.0, 700.0, "EUR", 'a "quote" of 🐟, é and \x7f')
     profile = replace(load_profile(name), costs=costs, cpu_fp8_flops=178e9, rearranged_per_core=5.6e9)
 
     assert parse_profile(profile_toml(profile), "written") == profile

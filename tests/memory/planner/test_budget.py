@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memory.hardware.profiles import load_profile, parse_devices
+from memory.hardware.profiles import DeviceSpec, load_profile, parse_devices
 from memory.planner.budget import MemoryBudget, gpus_advice, unused_gpus_notice
 from quant.errors import BudgetError, ConfigError
 
@@ -76,6 +76,12 @@ def test_a_real_gpu_takes_nothing_of_the_host_and_is_as_fast_as_measured() -> No
     assert not gpu.is_virtual
     assert gpu.link_bytes_per_s == 11e9
     assert budget.cpu_bytes_per_s == 77e9
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_card_that_is_not_the_first_keeps_its_number() -> None:
+    (gpu,) = MemoryBudget.of_this_machine(devices=(DeviceSpec("cuda", 1, 16 << 30, None),)).gpus
+    assert (gpu.name, gpu.device) == ("vram:0", torch.device("cuda", 1))
 
 
 @pytest.mark.usefixtures("two_gpus")

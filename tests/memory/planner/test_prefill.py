@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from engine.families.released import released_shape
 from memory.experts.streaming import split
 from memory.hardware.profiles import HardwareProfile, load_profile, parse_devices
-from memory.planner.cost_model import DISK
+from memory.planner.cost_model import DISK, StepCost
 from memory.planner.placement import Workload
 from memory.planner.placing import plan
 from memory.planner.prefill import PrefillModel, _divided, planned_chunk
@@ -65,6 +66,23 @@ def test_a_prompt_is_read_from_disk_once_a_chunk() -> None:
     early = sum(layer.tail is None for layer in V41.layers)
     assert one.bound == DISK
     assert two.nbytes["nvme"] - one.nbytes["nvme"] == pytest.approx(one.nbytes["nvme"] * early / 40, rel=0.05)
+
+
+def test_a_prompts_forecast_changes_nothing_for_a_step_asked_for_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hardware = load_profile("2x4090-128g")
+    costs = PrefillModel(V41, hardware, plan(V41, hardware, WORKLOAD), UNIFORM)
+    alone, meanwhile = costs.decode(1, 1000), list[StepCost]()
+    whole = PrefillModel._chunk
+
+    def chunk(self: PrefillModel, *arguments: Any) -> StepCost:
+        meanwhile.append(costs.decode(1, 1000))
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(PrefillModel, "_chunk", chunk)
+    costs.prefill(8192, 16_384)
+    assert meanwhile == [alone] * len(meanwhile) != []
 
 
 SLOW_DISK = HardwareProfile(

@@ -37,6 +37,7 @@ def test_the_shipped_files_are_beginnings_of_ones_own(tmp_path: Path) -> None:
         ("checked = 2026-10-27", 'checked = "today"', "api.0.checked: Input should be a valid date"),
         ('currency = "USD"', 'currency = "dollars"', "currency: String should match pattern"),
         ('currency = "USD"', "currency = USD", "not TOML"),
+        ("flash, peak", "flash, off-peak", "two prices are called 'deepseek-flash, off-peak'"),
     ],
 )
 def test_a_wrong_price_list_is_refused_in_one_line(tmp_path: Path, old: str, new: str, says: str) -> None:

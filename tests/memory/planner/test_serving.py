@@ -56,8 +56,8 @@ def test_choices_say_what_the_plan_took(shape: ModelShape, machine: HardwareProf
         chosen = {choice.setting: choice.value for choice in found.choices}
         work = found.workload
         assert chosen["max_num_seqs"] == f"{work.sequences}"
-        assert chosen["max_model_len"] == f"{work.context:,}"
-        assert chosen["prefill_chunk"] == f"{work.prefill_chunk:,}"
+        assert chosen["max_model_len"] == f"{work.context}"  # as flags take them
+        assert chosen["prefill_chunk"] == f"{work.prefill_chunk}"
         assert (chosen["prefix_cache"] == "0") == (work.prefix_bytes == 0)
 
 
@@ -104,26 +104,32 @@ def test_pools_that_are_not_shared_are_refused_with_room_for_all_sequences() -> 
 
 
 def test_a_pool_too_small_for_pages_of_cards_is_one_of_the_host() -> None:
-    machine = replace(MACHINE, dram_bytes=700 * GB)
-
-    def with_gpus(count: int) -> HardwareProfile:
-        return replace(machine, gpus=machine.gpus[:count])
-
-    asked = Asked(kv_bytes=bytes_of_one(V41, with_gpus(0), 512))
+    machine = replace(MACHINE, dram_bytes=700 * GB, gpus=MACHINE.gpus[:1])
+    asked = Asked(kv_bytes=bytes_of_one(V41, replace(machine, gpus=()), 512))
     with pytest.raises(BudgetError, match="no room for a sequence"):
         serving_plan(V41, machine, asked)
-    count, why = chosen_gpus(V41, with_gpus, 1, asked)
-    assert count == 0
+    chosen, why = chosen_gpus(V41, machine, asked)
+    assert chosen == ()
     assert why.endswith("; with 1 the KV pool asked for holds no sequence")
     with pytest.raises(BudgetError, match="raise --kv-budget"):
-        chosen_gpus(V41, with_gpus, 1, Asked(kv_bytes=1000))
+        chosen_gpus(V41, machine, Asked(kv_bytes=1000))
 
 
 def test_two_cards_are_used_where_they_help() -> None:
-    machine = load_profile("2x4090-256g")
-    count, why = chosen_gpus(V41, lambda n: replace(machine, gpus=machine.gpus[:n]), 2, Asked(context=8192))
-    assert count == 2
+    chosen, why = chosen_gpus(V41, load_profile("2x4090-256g"), Asked(context=8192))
+    assert chosen == (0, 1)
     assert why.count("tok/s") == 3
+
+
+@pytest.mark.parametrize(("free_gib", "of_use"), [((0.4, 23), 1), ((23, 0.4), 0)])
+def test_a_card_without_room_does_not_hide_another(free_gib: tuple[float, float], of_use: int) -> None:
+    machine = load_profile("2x4090-256g")
+    gpus = tuple(
+        replace(gpu, memory_bytes=int(size * 2**30)) for gpu, size in zip(machine.gpus, free_gib, strict=True)
+    )
+    chosen, why = chosen_gpus(V41, replace(machine, gpus=gpus), Asked(context=8192))
+    assert chosen == (of_use,)
+    assert why.endswith(f"; nothing would lie on GPU {1 - of_use}")
 
 
 def test_a_card_that_makes_steps_slower_is_left_alone() -> None:
@@ -131,8 +137,7 @@ def test_a_card_that_makes_steps_slower_is_left_alone() -> None:
     machine = replace(
         MACHINE, gpus=(slow,), dram_bytes=700 * GB, dram_bytes_per_s=400e9, expert_bytes_per_s=390e9
     )
-    count, _ = chosen_gpus(V41, lambda n: replace(machine, gpus=machine.gpus[:n]), 1, Asked(context=8192))
-    assert count == 0
+    assert chosen_gpus(V41, machine, Asked(context=8192))[0] == ()
 
 
 @pytest.mark.parametrize(("gigabytes", "fits"), [(7, False), (40, True)])

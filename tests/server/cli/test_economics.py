@@ -95,6 +95,7 @@ def test_costs_are_drawn(tmp_path: Path) -> None:
         (("economics", "--watts-query", "x"), "give --prometheus too"),
         (("economics", "--metrics", "a", "--prometheus", "b"), "give one of them"),
         (("economics", "--metrics", "none.txt"), "none.txt: cannot be read"),
+        (("economics", "--metrics", "none.txt", "--hardware", "this"), "none.txt: cannot be read"),
         (("economics", "--prometheus", "http://127.0.0.1:9"), "no Prometheus answers"),
     ],
 )
@@ -109,6 +110,30 @@ def test_prices_and_costs_in_different_currencies_are_refused(tmp_path: Path) ->
     (tmp_path / "prices.toml").write_text(shipped_text("prices.toml").replace("USD", "CNY"))
     done = invoke(*FLASH, "--price", "1", "--prices", tmp_path / "prices.toml")
     assert "prices in CNY, costs in USD: give all in one currency" in done.stderr
+
+
+def test_this_machine_is_one_whose_price_is_not_known(tmp_path: Path) -> None:
+    done = invoke("economics", "--metrics", page(tmp_path), "--days", "10", "--hardware", "this")
+    assert done.returncode == 1
+    assert "what the machine costs is not known: give --price" in done.stderr
+
+
+def test_a_server_with_keys_is_asked_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page(tmp_path, loci_process_resident_memory_bytes=1).read_text()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        is_known = request.headers.get("authorization") == "Bearer secret"
+        return httpx.Response(200, text=text) if is_known else httpx.Response(401)
+
+    client = httpx.Client
+    monkeypatch.setattr(
+        httpx, "Client", lambda **options: client(transport=httpx.MockTransport(answer), **options)
+    )
+    asked = ("economics", "--metrics", "http://server", "--days", "10", "--price", "1461")
+    refused = invoke(*asked)
+    assert refused.returncode == 1
+    assert "give --api-key or set LOCI_API_KEY" in refused.stderr
+    assert invoke(*asked, "--api-key", "secret").returncode == 0
 
 
 @pytest.mark.parametrize("missing", sorted(NEEDED.values()))

@@ -15,6 +15,7 @@ from memory.experts.traces import RoutingTrace
 from memory.hardware import measure
 from memory.hardware.profiles import shipped
 from memory.hardware.this_machine import cache_path
+from memory.planner.calibration import Learned
 from memory.planner.placement import OF_SEQUENCES
 from server.cli.bench import hardware as cli_bench_hardware
 from tests.conftest import golden_path
@@ -235,12 +236,56 @@ def test_a_budget_buys_a_machine_which_is_then_planned_and_priced(tmp_path: Path
         (("--budget", "4000", "--parts", "none.toml"), "none.toml: cannot be read"),
         (("--budget", "4000", "--economics"), "one after the other, with --save and --hardware"),
         (("--own", "RTX 4090=2"), "--own: says what --budget may buy; give --budget too"),
+        (("--budget", "4000", "--hardware", "this"), "--hardware: names a machine, but --budget buys one"),
+        (("--budget", "4000", "--devices", "cuda:1GiB"), "--devices: names a machine"),
+        (("--budget", "4000", "--dram", "1GiB"), "--dram: names a machine"),
+        (("--budget", "4000", "--prefill-chunk", "512"), "--prefill-chunk: is not for --budget"),
+        (("--budget", "4000", "--layers"), "--layers: is not for --budget"),
+        (("--budget", "4000", "--drafts"), "--drafts: is not for --budget"),
+        (("--budget", "4000", "--plot", "costs.png"), "--plot: says what tokens cost; give --economics too"),
     ],
 )
 def test_what_cannot_be_bought_ends_with_one_line(arguments: tuple[str, ...], says: str) -> None:
     done = invoke("plan", "deepseek-v4-flash", *arguments)
     assert done.returncode == 1
     assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--price", "0"), "--price: says what tokens cost; give --economics too"),
+        (("--costs", "costs.toml"), "--costs: says what tokens cost"),
+        (("--prices", "prices.toml"), "--prices: says what tokens cost"),
+        (("--against", "some API"), "--against: says what tokens cost"),
+        (("--plot", "costs.png"), "--plot: says what tokens cost"),
+        (("--economics", "--drafts"), "--economics and --drafts: one after the other"),
+        (("--hardware", "4090-128g", "--layers"), "--layers: says something of one machine"),
+        (("--dram", "1000GiB"), "--dram 1000GiB: 4090-128g has 131.0 GB of DRAM for models, but 1073.7 GB"),
+    ],
+)
+def test_what_would_do_nothing_is_refused_in_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = invoke("plan", "deepseek-v4-flash", "--hardware", "4090-128g", *arguments)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_trace_beside_what_was_measured_is_refused(tmp_path: Path) -> None:
+    trace, measured = tmp_path / "routing.safetensors", tmp_path / "learned.json"
+    RoutingTrace(torch.arange(6).expand(10, 43, 6)).save(trace)
+    Learned("deepseek-v4-flash").write(measured)
+    done = invoke("plan", "deepseek-v4-flash", "--trace", trace, "--measured", measured)
+    assert done.returncode == 1
+    assert "--trace and --measured: give one of them" in done.stderr
+
+
+@pytest.mark.parametrize("instead", ["--economics", "--drafts"])
+def test_what_does_not_fit_has_the_same_exit_code_whatever_was_asked(instead: str) -> None:
+    done = invoke("plan", "deepseek-v3.2", "--hardware", "cpu-24g", instead)
+    assert done.returncode == 3
+    assert f"deepseek-v3.2 does not fit on cpu-24g; without {instead}, its plan says why" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

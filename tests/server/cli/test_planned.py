@@ -16,9 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.drafts.mtp import Mtp
 from engine.embedded import model_path
 from engine.families.loader import open_model
-from memory.hardware.profiles import HardwareProfile
+from memory.hardware.profiles import DeviceSpec, HardwareProfile, load_profile
 from memory.hardware.this_machine import this_machine
 from memory.planner.budget import MemoryBudget
+from memory.planner.published import built_in
+from memory.planner.serving import Asked
 from memory.tiers import Tier
 from quant.errors import BudgetError, ConfigError
 from server.serving import planned as planned_module
@@ -90,6 +92,15 @@ def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change(
     settings = resolve_settings({"model": TINY, "devices": "none"})
     with pytest.raises(BudgetError, match=r"does not fit on this machine.*the smallest change: .*DRAM"):
         planned(settings, open_model(TINY, None, None))
+
+
+def test_a_card_is_used_by_its_own_number_where_the_first_has_no_room() -> None:
+    machine = load_profile("2x4090-256g")
+    small, large = (replace(machine.gpus[0], memory_bytes=nbytes) for nbytes in (400 << 20, 23 << 30))
+    shape, asked = built_in("deepseek-v4.1-flash"), Asked(context=8192)
+    devices, choice = planned_module._devices(None, shape, replace(machine, gpus=(small, large)), asked)
+    assert devices == (DeviceSpec("cuda", 1, int(0.93 * (23 << 30)), None),)
+    assert choice.why.endswith("set CUDA_VISIBLE_DEVICES=1 too")
 
 
 def test_the_plan_counts_weights_that_guess_ahead_as_loading_does() -> None:
