@@ -296,7 +296,7 @@ def _states_on_disk(now: StoredStats) -> Iterator[Metric]:
         ("tokens", "Prompt tokens served from states on disk.", now.cached_tokens),
         ("written", "States written to disk.", now.written),
         ("evictions", "States removed from disk to make room for newer ones.", now.evictions),
-        ("refused", "States not written because memory for them was full.", now.refused),
+        ("refused", "States not written: memory for them was full, or writing failed.", now.refused),
     ):
         yield CounterMetricFamily(f"loci_prefix_disk_{name}", text, count)
     yield GaugeMetricFamily("loci_prefix_disk_bytes", "Size of the states on disk in bytes.", now.nbytes)
