@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import deque
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,7 @@ class CudaSpace:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Raises BudgetError where the driver grants no such range, ImportError without its bindings."""
+        _free_unseen()
         self._driver = _driver()
         self._device = torch.device("cuda", device.index or 0)
         self._property = self._properties()
@@ -37,7 +40,8 @@ class CudaSpace:
             self._shared = self._new_page()
             memory = _Bytes(self._begin, nbytes)  # torch keeps it as long as there is any view
             owned = self._begin, self._nbytes, self.page_bytes, self._shared, self._pages
-            weakref.finalize(memory, _free, self._driver, self._device, *owned).atexit = False
+            held = _Held(self._driver, self._device, *owned)
+            weakref.finalize(memory, _unseen.append, held).atexit = False
             for at in range(0, self._nbytes, self.page_bytes):
                 self._call("cuMemMap", self._begin + at, self.page_bytes, 0, self._shared, 0)
             self._allow(0, self._nbytes)
@@ -46,6 +50,7 @@ class CudaSpace:
 
     def take(self, start: int, length: int) -> None:
         """Map memory behind a part. Raises BudgetError where the GPU has no more."""
+        _free_unseen()
         missing = [at for at in range(start, start + length, self.page_bytes) if at not in self._pages]
         if missing:
             with torch.cuda.device(self._device):
@@ -55,6 +60,7 @@ class CudaSpace:
 
     def give_back(self, start: int, length: int) -> None:
         """Unmap a part, after what has been launched so far."""
+        _free_unseen()
         held = [at for at in range(start, start + length, self.page_bytes) if at in self._pages]
         if held:
             with torch.cuda.device(self._device):
@@ -113,23 +119,38 @@ class _Bytes:
         }
 
 
-def _free(
-    driver: Any,
-    device: torch.device,
-    begin: int,
-    nbytes: int,
-    page: int,
-    shared: Any,
-    pages: dict[int, Any],
-) -> None:
-    """Return all memory of a space and its addresses, after what has been launched."""
-    torch.cuda.synchronize(device)
-    for at in range(0, nbytes, page):
-        driver.cuMemUnmap(begin + at, page)
-    for handle in (shared, *pages.values()):
-        driver.cuMemRelease(handle)
-    pages.clear()
-    driver.cuMemAddressFree(begin, nbytes)
+@dataclass
+class _Held:
+    """What a space has of the driver."""
+
+    driver: Any
+    device: torch.device
+    begin: int
+    nbytes: int
+    page: int
+    shared: Any
+    pages: dict[int, Any]
+
+    def free(self) -> None:
+        """Return all memory and the addresses, after what has been launched."""
+        torch.cuda.synchronize(self.device)
+        for at in range(0, self.nbytes, self.page):
+            self.driver.cuMemUnmap(self.begin + at, self.page)
+        for handle in (self.shared, *self.pages.values()):
+            self.driver.cuMemRelease(handle)
+        self.pages.clear()
+        self.driver.cuMemAddressFree(self.begin, self.nbytes)
+
+
+# Of spaces without a view. Any thread may let go of the last one: also one that a GPU waits for, which must
+# not wait for the GPU, and in the middle of a capture, which waiting would break. So whoever takes or gives
+# back memory next, which is between steps, frees them.
+_unseen: deque[_Held] = deque()
+
+
+def _free_unseen() -> None:
+    while _unseen:
+        _unseen.popleft().free()
 
 
 @cache

@@ -9,10 +9,11 @@ started one after the other, which is what a graph does, too.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -184,8 +185,13 @@ class Segment:
             self._start()
             graph = torch.cuda.CUDAGraph()
             try:
-                # Without a stream of its own it would be captured on the device that was first of all.
-                with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
+                # Without a stream of its own it would be captured on the device that was first of all. What
+                # other threads do meanwhile, copies of experts say, does not break a capture of this thread.
+                stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                with (
+                    _collecting_nothing(),
+                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                ):
                     self._start()
             except RuntimeError as error:
                 return str(error)
@@ -198,6 +204,18 @@ class Segment:
                 step.on_stream(self._device)
             else:
                 self._launcher.start(step)
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Python frees no cycles in the block: CUDA objects among them would break a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def arranged(noted: Sequence[Noted], kept: Sequence[Buffer], max_rows: int) -> tuple[list[list[Noted]], int]:

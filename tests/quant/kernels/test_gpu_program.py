@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,3 +46,27 @@ def test_words_of_launches_without_a_graph_are_set_on_their_own_device(
     segment.steps = [word()]
     segment.run()
     assert seen == [SECOND]
+
+
+def test_a_capture_is_disturbed_neither_by_other_threads_nor_by_what_python_collects(
+    entered: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str] = []
+
+    @contextmanager
+    def graph(made: object, *, stream: object, capture_error_mode: str) -> Iterator[None]:
+        modes.append(capture_error_mode)
+        assert entered == [SECOND]
+        assert not gc.isenabled()
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(Word, "on_stream", lambda word, device: None)
+    segment = Segment(Launcher(), SECOND)
+    segment.steps = [word()]
+    assert segment.capture() == ""
+    assert segment.is_captured
+    assert modes == ["thread_local"]
+    assert gc.isenabled()

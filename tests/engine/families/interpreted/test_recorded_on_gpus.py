@@ -7,9 +7,11 @@ again, while tokens, slots, positions and the number of rows change.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +25,10 @@ from safetensors.torch import load_file
 
 from engine.families import places
 from engine.families.base import Batch
-from engine.families.deepseek_v41.forward import DeepseekV41
+from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
 from engine.families.on_gpus import stays, step
 from engine.families.registry import family_of
+from engine.warm_up import warm_up
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.launches import HAND_OVERS, SHARE, STEP, gpu_launches
 from quant.errors import BudgetError
@@ -160,6 +163,30 @@ def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
     assert comes_true(helper.is_done, 5)
     both.step({0: 9})
     both.step({0: 1})
+    model.close()
+
+
+def test_warming_up_leaves_no_cache_behind(
+    gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan has memory for one, and Python may collect nothing for a long time."""
+    model = load("v41-c", gpus, 16 << 20, monkeypatch)
+    made: list[weakref.ref[V41Cache]] = []
+
+    def new_cache(slots: int, capacity: int) -> V41Cache:
+        cache = DeepseekV41.new_cache(model, slots, capacity)
+        assert isinstance(decoder_of(cache).step.stays[0].program, GpuProgram)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(model, "new_cache", new_cache)
+    gc.disable()
+    try:
+        warm_up(model, 20, (20,))  # a prompt: the interpreter takes minutes for steps
+        left = [cache() for cache in made]
+    finally:
+        gc.enable()
+    assert left == [None]
     model.close()
 
 
