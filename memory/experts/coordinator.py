@@ -1,9 +1,9 @@
 """The thread that answers GPUs' mailboxes while a recorded step runs, and what ends a wait that nobody ends.
 
 It polls the mailboxes of all GPUs, computes what is left to the processor and writes the answers. If that
-fails, or an answer, its own or another GPU's, takes longer than anybody's patience, the mailboxes are
-abandoned: the GPUs finish the step with numbers that mean nothing, and whoever waits for the step gets the
-error.
+fails, or an answer, its own or another GPU's, takes longer than anybody's patience, or no GPU comes to its
+next hand-over, the mailboxes are abandoned: the GPUs finish the step with numbers that mean nothing, and
+whoever waits for the step gets the error.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import torch
 from quant.kernels.cuda.mailbox import PAUSE_S, Mailbox, StalledError
 
 # With one layer's answer. An expert is read from a slow disk in some tens of milliseconds; a layer of a
-# hundred of
-# these, from a disk that others use as well, takes seconds.
+# hundred of these, from a disk that others use as well, takes seconds.
 PATIENCE_S = 60.0
+
+# With GPUs that ask for nothing. They need milliseconds from one layer to the next, but layers on the
+# processor may lie between, with experts on that same disk.
+SILENCE_S = 300.0
 
 # Outputs `[n, hidden]` of a layer's experts ids `[n]` for inputs `[n, hidden]`.
 Answer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -40,11 +43,16 @@ class Coordinator:
     """Answers mailboxes by `answer`, on a thread of its own. `begin` and `end` are called by one thread."""
 
     def __init__(
-        self, answer: Answer, foresee: Foresee | None = None, patience_s: float = PATIENCE_S
+        self,
+        answer: Answer,
+        foresee: Foresee | None = None,
+        patience_s: float = PATIENCE_S,
+        silence_s: float = SILENCE_S,
     ) -> None:
         self._answer = answer
         self._foresee = foresee
         self._patience_s = patience_s
+        self._silence_s = silence_s
         self._changed = threading.Condition()
         self._rounds: Sequence[Round] | None = None  # of the step that runs
         self._error: BaseException | None = None
@@ -152,28 +160,37 @@ class Coordinator:
             self._foresee(each.layers[number] + 1, guess)
 
     def _watch(self) -> None:
-        """End waits for one and the same answer that last longer than anybody's patience."""
-        waiting: list[tuple[int, tuple[str, ...]] | None] = [None]
+        """End steps in which one and the same answer, or a GPU's next hand-over, does not come."""
+        before: tuple[Sequence[Round] | None, object] = None, None
         since = 0.0
         with self._changed:
             while not self._is_closed:
-                if self._rounds is None or self._error is not None:
+                if not self._rounds or self._error is not None:
                     self._changed.wait()
-                    waiting = [None]
                     continue
-                self._changed.wait(min(1.0, self._patience_s / 4))
-                now = [each.box.unanswered() for each in self._rounds or ()]
-                if now != waiting or not any(now):
-                    waiting, since = now, time.monotonic()
-                elif time.monotonic() - since > self._patience_s:
-                    missing = sorted({name for found in now if found is not None for name in found[1]})
-                    self._fail(
-                        StalledError(
-                            f"experts that a GPU does not hold were not there after {self._patience_s:.0f} "
-                            f"s: no answer from {' and '.join(missing)}; check the GPUs with `nvidia-smi`, "
-                            "and the drive"
-                        )
-                    )
+                self._changed.wait(min(1.0, self._patience_s / 4, self._silence_s / 4))
+                rounds = self._rounds
+                if not rounds:
+                    continue
+                now = [(each.box.posts, each.box.unanswered()) for each in rounds]
+                if rounds is not before[0] or now != before[1]:
+                    before, since = (rounds, now), time.monotonic()
+                    continue
+                missing = sorted({name for _, found in now if found is not None for name in found[1]})
+                if time.monotonic() - since > (self._patience_s if missing else self._silence_s):
+                    self._fail(self._stalled(missing))
+
+    def _stalled(self, missing: Sequence[str]) -> StalledError:
+        """The error of a step in which these have not answered, or nobody was asked."""
+        if missing:
+            return StalledError(
+                f"experts that a GPU does not hold were not there after {self._patience_s:.0f} s: no answer "
+                f"from {' and '.join(missing)}; check the GPUs with `nvidia-smi`, and the drive"
+            )
+        return StalledError(
+            f"no GPU has come to its next experts, or to the end of a step, in {self._silence_s:.0f} s; "
+            "check the GPUs with `nvidia-smi`"
+        )
 
     def _next_step(self) -> Sequence[Round] | None:
         with self._changed:

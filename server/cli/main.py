@@ -49,6 +49,9 @@ def main() -> None:
     # torch then asks for huge pages where it allocates megabytes: processors foresee no addresses beyond a
     # page, and have to look up where each page lies (figures in docs/kernels.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A stream that waits for the processor holds up those that share its queue on the GPU. There are 8 queues
+    # unless CUDA is told otherwise before it starts, and 32 at most.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if wants_plain_text():
         # For libraries that draw: without colour, or on a terminal that has no name, they would still write
         # bold letters and move the cursor.

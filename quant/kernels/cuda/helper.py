@@ -23,7 +23,11 @@ class Helper:
         self.program = program
         self.device = program.device
         is_cuda = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream: torch.cuda.Stream | None = None
+        if is_cuda:
+            # torch hands out 32 streams a device in turn. One of usual priority could be that on which the
+            # processor's answer is computed, behind what waits for that very answer here.
+            self._stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
         self._is_done: Callable[[], bool] = lambda: True
         self._pool: ThreadPoolExecutor | None = None
         if not (is_cuda and program.runs_alone):

@@ -115,6 +115,11 @@ class Mailbox:
         """Whether the GPU has come to a hand-over."""
         return bool(self._posted[number])
 
+    @property
+    def posts(self) -> int:
+        """Hand-overs that the GPU has come to."""
+        return int(self._posted.sum())
+
     def unanswered(self) -> tuple[int, tuple[str, ...]] | None:
         """The hand-over that the GPU waits at, or is about to, and for whom."""
         missing = (self._posted != 0) & (self._answered == 0)  # [answerers, hand_overs]

@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 
@@ -187,7 +188,7 @@ class Segment:
             try:
                 # Without a stream of its own it would be captured on the device that was first of all. What
                 # other threads do meanwhile, copies of experts say, does not break a capture of this thread.
-                stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                stream = _capture_stream(self._device)
                 with (
                     _collecting_nothing(),
                     torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
@@ -204,6 +205,12 @@ class Segment:
                 step.on_stream(self._device)
             else:
                 self._launcher.start(step)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all programs: torch has 32 streams a device, and those who need one of their own share them."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -20,7 +20,9 @@ PACKAGE = "xllamacpp"
 VERSION = "2026.10.11549"  # the last number is llama.cpp's build
 ERRORS_ONLY = 1
 # What Loci asks of the libraries in its own process, and hands on to children.
-LOCI_VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE")
+LOCI_VARIABLES = (
+    "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "CUDA_DEVICE_MAX_CONNECTIONS",
+)  # fmt: skip
 
 
 def check_installed() -> None:

@@ -246,6 +246,23 @@ def test_an_answer_that_never_comes_ends_in_an_error_and_not_in_a_hang() -> None
         for_ever.set()
 
 
+def test_a_card_that_asks_for_nothing_ends_in_an_error_and_not_in_a_hang() -> None:
+    made = Coordinator(outputs, silence_s=0.6)
+    for posts in (0, 2):
+        card = Card(range(LAYERS), 10)
+        made.begin([card.round])
+        for number in range(posts):
+            card.box.answer(number)
+            card.box.post(number)
+        with pytest.raises(StalledError, match="no GPU has come to its next experts"):
+            made.end()
+        assert card.box.is_posted(LAYERS - 1), "abandoned: no GPU waits"
+    slow = Card(range(LAYERS), 3, pause_s=0.15)  # silent for longer in all, but not at once
+    play(made, slow)
+    made.close()
+    assert torch.equal(slow.found, slow.expected())
+
+
 def test_closing_in_the_middle_of_a_step_fails_it_and_leaves_nobody_waiting() -> None:
     is_asked, may_go_on = threading.Event(), threading.Event()
 
