@@ -44,6 +44,10 @@ def model_on_gpu(gpu_bytes: int, dram_bytes: int = 1 << 30, gpus: int = 1) -> De
     return model
 
 
+def tiers_of_experts(model: DeepseekV41) -> set[str]:
+    return {tier for layer in model.expert_tiers() for tier in layer}
+
+
 def programs_of(cache: V41Cache) -> list[GpuProgram]:
     assert isinstance(cache.decoder, V41OnGpus), "nothing was recorded"
     found = [stay.program for stay in cache.decoder.step.stays]
@@ -52,21 +56,24 @@ def programs_of(cache: V41Cache) -> list[GpuProgram]:
     return on_gpu
 
 
+# Sixteen sequences take 129 MiB in pages of 2 MiB.
 @pytest.mark.parametrize(
-    ("gpu_bytes", "dram_bytes"),
+    ("gpu_bytes", "dram_bytes", "tiers"),
     [
-        pytest.param(64 << 20, 1 << 30, id="everything on the GPU"),
-        pytest.param(12 << 20, 1 << 30, id="some experts in DRAM"),
-        pytest.param(12 << 20, 1_900_000, id="some on disk"),
+        pytest.param(192 << 20, 1 << 30, {"vram:0"}, id="everything on the GPU"),
+        pytest.param(133 << 20, 1 << 30, {"vram:0", "dram"}, id="some experts in DRAM"),
+        pytest.param(133 << 20, 1_300_000, {"vram:0", "dram", "nvme"}, id="some on disk"),
     ],
 )
 def test_captured_steps_give_the_golden_logits(
-    gpu_bytes: int, dram_bytes: int, caplog: pytest.LogCaptureFixture
+    gpu_bytes: int, dram_bytes: int, tiers: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     golden = load_file(golden_path("v41-a") / "expected.safetensors")
     ids = golden["input_ids"].tolist()
     with caplog.at_level(logging.WARNING):
         model = model_on_gpu(gpu_bytes, dram_bytes)
+        assert {layer.device for layer in model.weights.layers} == {GPU}
+        assert tiers_of_experts(model) == tiers
         replayed, eager = model.new_cache(SLOTS, CONTEXT), model.new_cache(SLOTS, CONTEXT)
     assert "captured" not in caplog.text
     assert all(program.is_captured for program in programs_of(replayed))
@@ -85,16 +92,18 @@ def test_captured_steps_give_the_golden_logits(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(
-    ("gpu_bytes", "dram_bytes"),
+    ("gpu_bytes", "tiers"),
     [
-        pytest.param(6 << 20, 1 << 30, id="experts on both GPUs"),
-        pytest.param(5 << 20, 1_900_000, id="and in DRAM"),
+        pytest.param(70 << 20, {"vram:0", "vram:1"}, id="experts on both GPUs"),
+        pytest.param(135 << 19, {"vram:0", "vram:1", "dram"}, id="and in DRAM"),
     ],
 )
-def test_two_gpus_compute_a_layers_experts_at_once(gpu_bytes: int, dram_bytes: int) -> None:
+def test_two_gpus_compute_a_layers_experts_at_once(gpu_bytes: int, tiers: set[str]) -> None:
     golden = load_file(golden_path("v41-a") / "expected.safetensors")
     ids = golden["input_ids"].tolist()
-    model = model_on_gpu(gpu_bytes, dram_bytes, gpus=2)
+    model = model_on_gpu(gpu_bytes, 1_900_000, gpus=2)
+    assert {layer.device for layer in model.weights.layers} == {GPU, torch.device("cuda", 1)}
+    assert tiers_of_experts(model) == tiers
     cache = model.new_cache(SLOTS, CONTEXT)
     assert isinstance(cache.decoder, V41OnGpus), "nothing was recorded"
     helpers = [helping.helper for stay in cache.decoder.step.stays for helping in stay.helping]
@@ -115,7 +124,8 @@ def test_two_gpus_compute_a_layers_experts_at_once(gpu_bytes: int, dram_bytes: i
 
 def test_the_host_does_not_start_a_layers_kernels() -> None:
     """A replayed step of v41-a, eight layers, in far less than its 150 launches would take from Python."""
-    model = model_on_gpu(64 << 20)
+    model = model_on_gpu(192 << 20)
+    assert {layer.device for layer in model.weights.layers} == {GPU}
     cache = model.new_cache(1, CONTEXT)
     model.forward(Batch.of([(0, 0, [3, 4, 5])]), cache)
     for at in range(3, 13):
