@@ -111,16 +111,7 @@ class Sequence:
         elif self.generated >= self.max_tokens:
             self.finish(FinishReason.LENGTH, (token_id,), logprobs, piece=piece)
         else:
-            predicted = (self.accepted_prediction, self.rejected_prediction)
-            self._report(
-                Output(
-                    piece.text,
-                    (token_id,),
-                    logprobs,
-                    special_ranges=piece.special_ranges,
-                    predicted=predicted,
-                )
-            )
+            self._report(Output(piece.text, (token_id,), logprobs, special_ranges=piece.special_ranges))
 
     def finish(
         self,
@@ -149,7 +140,6 @@ class Sequence:
                 error,
                 stop_match,
                 special_ranges=piece.special_ranges,
-                predicted=(self.accepted_prediction, self.rejected_prediction),
             )
         )
 
@@ -162,6 +152,8 @@ class Sequence:
                 queue_s=self.queue_s,
                 cached_tokens=self.cached_tokens,
             )
+        if self.prediction:
+            output = output._replace(predicted=(self.accepted_prediction, self.rejected_prediction))
         try:
             self.on_output(output)
         except Exception:  # a failing handler must not fail the other sequences of the step

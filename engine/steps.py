@@ -114,8 +114,8 @@ class Steps:
         self.drafting.observe(chunks, starts, captures)
         if of_answers and len(ready) == len(chunks):
             known = zip(chunks, lengths, strict=True)
-            more = [len(chunk.sequence.token_ids) - length - 1 for chunk, length in known]
-            self.drafting.learn(chunks, accepted, more, time.perf_counter() - began)
+            brought = [len(chunk.sequence.token_ids) - length - 1 for chunk, length in known]
+            self.drafting.learn(chunks, accepted, brought, time.perf_counter() - began)
         self._keep_states(ready, logits)
         self.count += 1
         self.forward_s += forward_s

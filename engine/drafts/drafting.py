@@ -264,7 +264,7 @@ class Drafting:
         self._costs.spent(drafters, now - began)
         return now
 
-    def learn(self, chunks: Ids[Chunk], accepted: Ids[int], more: Ids[int], seconds: float) -> None:
+    def learn(self, chunks: Ids[Chunk], accepted: Ids[int], brought: Ids[int], seconds: float) -> None:
         """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
         drafting included; it brought each answer so many tokens more than one without drafts. These are as
         many as were accepted, or one less where an answer has ended in a draft."""
@@ -296,7 +296,7 @@ class Drafting:
             if is_plain:
                 self._learn_plain(chunks)
             else:
-                self._learn_drafted(chunks, accepted, more, seconds)
+                self._learn_drafted(chunks, accepted, brought, seconds)
             seconds = self._times.seconds(len(chunks))
         if self._observing:
             self._costs.spent(self._observing, time.perf_counter() - began)
