@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.embedded import EMBEDDED, hub_model
+from engine.embedded import EMBEDDED, hub_model, model_path
 from quant.errors import ConfigError
 from quant.formats.kv_names import KvChoice
 from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
@@ -174,13 +174,13 @@ def plan(
         _refuse(of_one, "says something of one machine; give --hardware once")
         from server.cli.plan_stages import bits_per_s, cuts_of, show_stages
 
-        profiles = [_hardware(name, devices, dram, shape if _on_disk(model) else None) for name in machines]
+        profiles = [_hardware(name, devices, dram, shape, _lies_at(model)) for name in machines]
         asked, rate = (context, batch, prefill_chunk), bits_per_s(network)
         if not show_stages(shape, cuts_of(model, shape), profiles, asked, rate, as_json=as_json):
             raise typer.Exit(DOES_NOT_FIT)
         return
     rates = None if learned is None or machines != ["this"] else learned.rates
-    machine = _hardware(machines[0], devices, dram, shape if _on_disk(model) else None, rates)
+    machine = _hardware(machines[0], devices, dram, shape, _lies_at(model), rates)
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
     if (drafts or economics) and not make_plan(shape, machine, workload).fits:
         without = f"without {'--drafts' if drafts else '--economics'}, its plan says why"
@@ -248,30 +248,37 @@ def _learned(file: Path, shape: ModelShape) -> Learned:
     return learned
 
 
-def _on_disk(model: str) -> bool:
-    """Whether the model lies on this machine's disk already."""
-    from server.cli.fetch import is_here
-
-    if model in EMBEDDED or Path(model).exists():
-        return not model.endswith(".json")
-    return hub_model(model) is not None and is_here(model)
+def _lies_at(model: str) -> Path | None:
+    """Where the model lies on this machine; None where it doesn't, or where only its config does."""
+    try:
+        path = model_path(model)
+    except ConfigError:
+        return None
+    return path if path.exists() and path.suffix != ".json" else None
 
 
 def _hardware(
     name: str,
     devices: str | None,
     dram: str | None,
-    on_disk: ModelShape | None,
+    shape: ModelShape,
+    lies_at: Path | None,
     rates: Mapping[str, float] | None = None,
 ) -> HardwareProfile:
-    """The machine asked for; on_disk is the model where it lies on this machine's disk already, `rates` what
-    was measured of it. Raises ConfigError where it has not as much as was asked for."""
+    """The machine asked for; lies_at is where this one has the model already, `rates` what was measured of
+    it. Raises ConfigError where it has not as much as was asked for."""
+    from memory.hardware.detect import detect
     from memory.hardware.profiles import load_profile, parse_bytes, parse_devices
-    from memory.hardware.this_machine import this_machine
+    from memory.hardware.this_machine import disk_of, kept_rates, this_machine
 
-    machine = this_machine(measured=dict(rates) if rates else None) if name == "this" else load_profile(name)
-    if name == "this" and on_disk is not None:
-        machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.disk_bytes)
+    if name != "this":
+        machine = load_profile(name)
+    elif lies_at is None:
+        machine = this_machine(measured=dict(rates) if rates else None)
+    else:
+        here = detect(lies_at)
+        machine = this_machine(here, dict(rates) if rates else kept_rates(here, disk_of(lies_at)))
+        machine = replace(machine, disk_bytes=machine.disk_bytes + shape.disk_bytes)
     if devices is not None:
         machine = machine.with_devices(parse_devices(devices))
     if dram is None:

@@ -13,8 +13,9 @@ import torch
 
 from memory.experts.traces import RoutingTrace
 from memory.hardware import measure
+from memory.hardware.detect import detect
 from memory.hardware.profiles import shipped
-from memory.hardware.this_machine import cache_path
+from memory.hardware.this_machine import Result, cache_path, disk_of, write_results
 from memory.planner.calibration import Learned
 from memory.planner.placement import OF_SEQUENCES
 from server.cli.bench import hardware as cli_bench_hardware
@@ -71,6 +72,14 @@ def test_json_says_where_each_layers_experts_are() -> None:
         assert held.keys() == {"vram:0", "dram", "nvme"}
         assert sum(held.values()) == 384
     assert {gain["resource"] for gain in report["doubling"]} >= {"VRAM size", "DRAM bandwidth", "disk speed"}
+
+
+def test_a_model_on_this_machine_is_planned_with_the_rates_of_its_own_disk() -> None:
+    model = golden_path("v41-c")
+    for disk, is_assumed in ((disk_of(model), False), (disk_of(model) + 1, True)):
+        write_results(cache_path(), detect(), [Result("disk_read", 3.0, "GB/s")], disk)
+        text = invoke("plan", str(model), "--hardware", "this").stdout
+        assert ("sequential disk reads" in text) == is_assumed
 
 
 def test_every_layer_is_shown_when_asked_for() -> None:
