@@ -126,6 +126,7 @@ class StagedModel(Model):
         self._parts = list(parts)
         self._opened: list[OpenedCache] = []
         self._cache: StagedCache | None = None
+        self._opening = threading.Lock()  # so that the watcher takes no newer cache for a part that was lost
         self._is_up = threading.Event()
         self._is_up.set()
         self._closing = threading.Event()
@@ -156,8 +157,9 @@ class StagedModel(Model):
 
     def new_cache(self, slots: int, capacity: int) -> StagedCache:
         """Raises BudgetError where a part has no room. There is one cache at a time: the newest."""
-        self._opened = [stage.open(slots, capacity) for stage in self.stages]
-        self._cache = StagedCache(self, slots, capacity, self._opened)
+        with self._opening:
+            self._opened = [stage.open(slots, capacity) for stage in self.stages]
+            self._cache = StagedCache(self, slots, capacity, self._opened)
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="loci-stages", daemon=True)
             self._watcher.start()
@@ -244,24 +246,28 @@ class StagedModel(Model):
     def _watch(self) -> None:
         """Notice parts that are gone, and open the cache again when they are back."""
         while not self._closing.wait(WATCH_S if self.is_up else RETRY_S):
-            cache = self._cache
-            try:
-                sessions = [stage.session() for stage in self.stages]
-                if self.is_up and sessions == [opened.session for opened in self._opened]:
-                    continue
-                if self.is_up:
-                    self.lose(StageLostError("it was started again"))
-                assert cache is not None
-                # All of them: what is still on its way to a part is of a session that has ended.
-                self._opened = [stage.open(cache.slots, cache.capacity) for stage in self.stages]
-                self._is_up.set()
-                logger.warning("all parts of the model answer again")
-            except StageLostError as error:
-                self.lose(error)
-            except Exception as error:  # whatever loading raises: nobody else would try again
-                self.lose(error)
-                trace = None if isinstance(error, LociError) else error
-                logger.error("a part of the model cannot be loaded again: %s", error, exc_info=trace)
+            with self._opening:
+                self._look()
+
+    def _look(self) -> None:
+        cache = self._cache
+        try:
+            sessions = [stage.session() for stage in self.stages]
+            if self.is_up and sessions == [opened.session for opened in self._opened]:
+                return
+            if self.is_up:
+                self.lose(StageLostError("it was started again"))
+            assert cache is not None
+            # All of them: what is still on its way to a part is of a session that has ended.
+            self._opened = [stage.open(cache.slots, cache.capacity) for stage in self.stages]
+            self._is_up.set()
+            logger.warning("all parts of the model answer again")
+        except StageLostError as error:
+            self.lose(error)
+        except Exception as error:  # whatever loading raises: nobody else would try again
+            self.lose(error)
+            trace = None if isinstance(error, LociError) else error
+            logger.error("a part of the model cannot be loaded again: %s", error, exc_info=trace)
 
 
 class StagedPrefixes:

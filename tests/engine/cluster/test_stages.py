@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from engine.cluster import stages
 from engine.cluster.messages import Handed, OpenedCache, PlannedKv, Restored, StageLostError, Work
 from engine.cluster.part import Part
 from engine.cluster.pieces import pieces_of
@@ -188,6 +190,22 @@ def test_a_lost_part_ends_what_ran_and_the_next_request_is_answered(staged: Stag
     assert [said(each) for each in answers(engine, prompts)] == expected
     assert staged.model.hops.lost == 1
     engine.stop()
+
+
+def test_another_cache_is_no_loss(staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "WATCH_S", 0.001)
+    open_second = staged.stages[1].open
+
+    def open_late(slots: int, capacity: int) -> OpenedCache:
+        time.sleep(0.05)  # the first part has the new session already
+        return open_second(slots, capacity)
+
+    monkeypatch.setattr(staged.stages[1], "open", open_late)
+    for slots in (1, 2):
+        staged.model.new_cache(slots, 64)
+    time.sleep(0.05)
+    assert staged.model.hops.lost == 0
+    assert staged.model.is_up
 
 
 def test_a_pool_that_one_part_limits_is_kept_by_all() -> None:
