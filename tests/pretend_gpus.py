@@ -6,13 +6,12 @@ indices of the host, which torch allows). So a forward that runs here hands tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
@@ -56,7 +55,7 @@ class OnGpu(torch.Tensor):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func.overloadpacket is aten.to:  # in inference mode it arrives whole
         return _to(args, kwargs)
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+    tensors = list(_tensors((*args, *kwargs.values())))
     devices = {t.device for t in tensors if isinstance(t, OnGpu)}
     hosts = [t for t in tensors if not isinstance(t, OnGpu) and t.dim() > 0]
     if len(devices) > 1 and func not in (aten._to_copy.default, aten.copy_.default):
@@ -72,7 +71,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None and target.type == NAME:
         kwargs = {**kwargs, **({"device": torch.device("cpu")} if "device" in kwargs else {})}
         kwargs.pop("pin_memory", None)
-    inner_args, inner_kwargs = tree_map(lambda t: t.held if isinstance(t, OnGpu) else t, (args, kwargs))
+    inner_args, inner_kwargs = _held(args), {name: _held(value) for name, value in kwargs.items()}
     out = func(*inner_args, **inner_kwargs)
     if func is aten._to_copy.default and out is inner_args[0]:
         out = out.clone()
@@ -80,7 +79,30 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]  # in place
     if target is None or target.type != NAME:
         return out
-    return tree_map(lambda t: OnGpu(t, target) if isinstance(t, torch.Tensor) else t, out)
+    return _labelled(out, target)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among arguments, and in lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _held(value: Any) -> Any:
+    """An argument with the numbers of its tensors."""
+    if isinstance(value, OnGpu):
+        return value.held
+    return type(value)(map(_held, value)) if isinstance(value, list | tuple) else value
+
+
+def _labelled(value: Any, device: torch.device) -> Any:
+    """A result whose tensors say where they lie."""
+    if isinstance(value, torch.Tensor):
+        return OnGpu(value, device)
+    return [_labelled(each, device) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _to(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:

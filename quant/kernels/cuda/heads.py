@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import Blocks, multiplies_bfloat16
-from quant.kernels.cuda.products import INTERPRETED_ROWS
+from quant.kernels.cuda.linear import INTERPRETED_ROWS, Blocks, multiplies_bfloat16
 from quant.kernels.cuda.times import load_tile, plain_times_vector, times_tile
 
 COPIED = 1024  # columns of a program that copies

@@ -7,7 +7,7 @@ are neighbours, so the GPU's memory is read once and its cache gives the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -37,6 +37,7 @@ from quant.kernels.interface import Weight
 from quant.packed import PackedTensor
 
 FEW_TOKENS = 4
+INTERPRETED_ROWS, INTERPRETED_COLS = 256, 256  # at most, of a program in Triton's interpreter
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -169,6 +170,13 @@ class Blocks:
         if dtype == torch.float32:
             return cls(64, 64, 32, 4)
         return cls(128, 64, 64, 8, shares_x=True) if tokens > 64 else cls(64, 64, 64, 4, shares_x=True)
+
+    def on(self, device: torch.device) -> Blocks:
+        """These, or, where kernels are interpreted, larger and fewer ones: programs run one after the other,
+        and what an operation takes is the interpreter's time rather than the numbers'."""
+        if device.type in ("cuda", "meta"):
+            return self
+        return replace(self, rows=INTERPRETED_ROWS, cols=min(self.cols, INTERPRETED_COLS))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -44,7 +44,6 @@ from quant.kernels.interface import Weight
 from quant.packed import PackedTensor
 
 ALIGNMENT = 16
-INTERPRETED_ROWS = 64  # of a program: the interpreter runs one after the other
 MOST = 16  # matrices of a launch
 
 # Fields of the table, one line of 16 numbers for each matrix.
@@ -304,8 +303,7 @@ def products_launch(parts: Sequence[Product], rows: int, limit: float = 0.0) -> 
     blocks = Blocks.of(rows, torch.float32)
     if any(part.up is not None for part in parts) and blocks.tokens > 1:
         blocks = replace(blocks, rows=blocks.rows // 2)  # two sums at once spill registers
-    if device.type not in ("cuda", "meta"):
-        blocks = replace(blocks, rows=INTERPRETED_ROWS)
+    blocks = blocks.on(device)
     lines, constants = _table(parts, blocks.rows)
     total = lines[-1][FIRST.value] + -(-parts[-1].weight.shape[0] // blocks.rows)
     constants |= {

@@ -17,7 +17,6 @@ from quant.errors import FormatError
 from quant.kernels.cuda.decode import INT4, INT4_OFFSET, NF4, UNIT, four_bit_kind, nf4_levels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.linear import Blocks
-from quant.kernels.cuda.products import INTERPRETED_ROWS
 from quant.kernels.cuda.times import times_vector
 from quant.kernels.interface import ExpertExtras, ExpertWeights
 
@@ -183,12 +182,11 @@ class SlotsOnGpu:
         top_k = places.shape[1]
         kind = four_bit_kind(first)
         assert kind is not None
-        blocks = Blocks.of(1, torch.float32)
-        block_rows = blocks.rows if x.device.type in ("cuda", "meta") else INTERPRETED_ROWS
+        blocks = Blocks.of(1, torch.float32).on(x.device)
         constants: dict[str, int | bool] = {
             "KIND": kind,
             "PER_SCALE": first.format.tile_cols // UNIT.value,
-            "BLOCK_N": block_rows,
+            "BLOCK_N": blocks.rows,
             "UNITS": blocks.cols // UNIT.value,
         }
         levels = nf4_levels(x.device)
@@ -199,7 +197,7 @@ class SlotsOnGpu:
         at = [place - self.begin for place in self.sample.addresses]
         up = Launch(
             gate_up_of_slots,
-            (-(-width // block_rows), rows * top_k),
+            (-(-width // blocks.rows), rows * top_k),
             (
                 x,
                 places,
@@ -221,7 +219,7 @@ class SlotsOnGpu:
         )
         down = Launch(
             down_of_slots,
-            (-(-hidden // block_rows), rows * top_k),
+            (-(-hidden // blocks.rows), rows * top_k),
             (inner, places, levels, apart, hidden, width // UNIT.value, *at[4:], ids, down_bias),
             constants,
             blocks.warps,
