@@ -45,6 +45,9 @@ ifeq ($(wildcard quant/kernels/cpu/_native*.so),)
 NEWS := $(filter-out $(shell cat $(SERVING) 2>/dev/null),$(COMPILER))
 endif
 
+# Tests start Python hundreds of times: what it has compiled is kept, whatever the caller's shell says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: serve test quick durations lint format docs hooks install uninstall clean help compiler
 
 serve: $(SERVING) ## serve a model on this machine: make serve ARGS="MODEL --port 8001"

@@ -127,6 +127,7 @@ class StagedModel(Model):
         self._opened: list[OpenedCache] = []
         self._cache: StagedCache | None = None
         self._opening = threading.Lock()  # so that the watcher takes no newer cache for a part that was lost
+        self._losing = threading.Lock()
         self._is_up = threading.Event()
         self._is_up.set()
         self._closing = threading.Event()
@@ -236,10 +237,12 @@ class StagedModel(Model):
 
     def lose(self, error: Exception) -> None:
         """A call has failed: until all parts answer, nothing is computed, and what slots held is gone."""
-        if self._is_up.is_set():
-            self.hops.lost += 1
+        with self._losing:  # the watcher and a step notice it at the same time
+            was_up = self._is_up.is_set()
+            self._is_up.clear()
+            self.hops.lost += was_up
+        if was_up:
             logger.error("a part of the model is lost, and is being started again: %s", error)
-        self._is_up.clear()
         if self._cache is not None:
             self._cache.lose()
 

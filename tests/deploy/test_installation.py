@@ -49,6 +49,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
+    project = folder / "pyproject.toml"
+    assert '"-O3"' in project.read_text()
+    project.write_text(project.read_text().replace('"-O3"', '"-O1"'))  # in half the time, and as well packed
     return folder
 
 
