@@ -138,7 +138,7 @@ def page_lock(memory: torch.Tensor, tier: Tier) -> bool:
 
     PyTorch's own pinned allocations are rounded up to a power of two, which would exceed the DRAM budget.
     """
-    problem = _register(memory)
+    problem = lock_pages(memory)
     if problem:
         logger.warning(
             "%s: %.1f GB cannot be page-locked (%s); transfers to GPUs will be slower. "
@@ -148,8 +148,8 @@ def page_lock(memory: torch.Tensor, tier: Tier) -> bool:
     return not problem
 
 
-def _register(memory: torch.Tensor) -> str:
-    """Page-lock; returns CUDA's error message, or nothing."""
+def lock_pages(memory: torch.Tensor) -> str:
+    """Page-lock host memory; returns CUDA's error message, or nothing."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(error) == 0:
@@ -158,3 +158,8 @@ def _register(memory: torch.Tensor) -> str:
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")
     return str(runtime.cudaGetErrorString(error))
+
+
+def unlock_pages(memory: torch.Tensor) -> None:
+    """Undo `lock_pages`, before the memory is freed."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]

@@ -13,9 +13,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.this_machine import Result
+from memory.tiers import lock_pages, unlock_pages
 from quant.errors import ConfigError, LociError
 from quant.formats.fp8 import FP8_32, FP8_ROW
 from quant.formats.mxfp4 import MXFP4
@@ -255,12 +256,13 @@ def _test_file(directory: Path, nbytes: int) -> Iterator[Path]:
 def measure_gpus() -> list[Result]:
     """Each GPU: copies from pinned host memory alone and with all GPUs at once, its memory, arithmetic.
 
-    What that took of their memory is free again afterwards: plans count on it.
+    What that took of their memory and of the host's is free again afterwards: plans count on it.
     """
     if not torch.cuda.is_available():
         return []
     try:
-        return _gpu_results()
+        with _pinned(torch.cuda.device_count()) as hosts:
+            return _gpu_results(hosts)
     except RuntimeError as error:
         traceback.clear_frames(error.__traceback__)  # they hold tensors
         raise
@@ -268,9 +270,21 @@ def measure_gpus() -> list[Result]:
         torch.cuda.empty_cache()
 
 
-def _gpu_results() -> list[Result]:
-    gpus = range(torch.cuda.device_count())
-    hosts = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in gpus]
+@contextmanager
+def _pinned(count: int) -> Iterator[list[torch.Tensor]]:
+    """Host memory for copies to each GPU inside the block. PyTorch would keep what it pins itself."""
+    with ExitStack() as locked:
+        hosts = [torch.zeros(LINK_BYTES, dtype=torch.uint8) for _ in range(count)]
+        for host in hosts:
+            problem = lock_pages(host)
+            if problem:
+                raise RuntimeError(f"{LINK_BYTES >> 20} MiB of host memory cannot be page-locked ({problem})")
+            locked.callback(unlock_pages, host)
+        yield hosts
+
+
+def _gpu_results(hosts: Sequence[torch.Tensor]) -> list[Result]:
+    gpus = range(len(hosts))
     targets = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=f"cuda:{i}") for i in gpus]
     results = []
     for i in gpus:
@@ -292,7 +306,7 @@ def _gpu_results() -> list[Result]:
     return results
 
 
-def _copies_s(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> list[float]:
+def _copies_s(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[float]:
     """Median seconds of each copy while all of them run at once, by the GPUs' own clocks."""
     times: list[list[float]] = [[] for _ in targets]
     for _ in range(RUNS + 1):

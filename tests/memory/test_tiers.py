@@ -53,7 +53,7 @@ def test_a_slot_given_back_is_handed_out_again() -> None:
 def test_memory_that_may_not_be_page_locked_is_used_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("memory.tiers._register", lambda memory: "out of memory")
+    monkeypatch.setattr("memory.tiers.lock_pages", lambda memory: "out of memory")
     arena = Arena(tier(10_000), 4, 100, pinned=True)
     assert arena.nbytes == 4 * 128
     assert "cannot be page-locked (out of memory)" in caplog.text

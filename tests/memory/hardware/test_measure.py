@@ -152,8 +152,14 @@ def test_what_measuring_took_of_a_gpu_is_free_again_also_where_it_fails(
 ) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     alive_when_emptied: list[int] = []
+    locked: list[int] = []
 
-    def fails() -> list[Result]:
+    def lock(host: torch.Tensor) -> str:
+        locked.append(host.data_ptr())
+        return ""
+
+    def fails(hosts: list[torch.Tensor]) -> list[Result]:
+        assert [host.data_ptr() for host in hosts] == locked
         tensor = torch.zeros(8)
         held.append(weakref.ref(tensor))
         raise torch.OutOfMemoryError("a small card")
@@ -162,10 +168,17 @@ def test_what_measuring_took_of_a_gpu_is_free_again_also_where_it_fails(
         alive_when_emptied.append(sum(each() is not None for each in held))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
-    monkeypatch.setattr(measure, "_gpu_results", list)
+    monkeypatch.setattr(measure, "lock_pages", lock)
+    monkeypatch.setattr(measure, "unlock_pages", lambda host: locked.remove(host.data_ptr()))
+    monkeypatch.setattr(measure, "_gpu_results", lambda hosts: [])
     assert measure_gpus() == []
     monkeypatch.setattr(measure, "_gpu_results", fails)
     with pytest.raises(torch.OutOfMemoryError):
         measure_gpus()
     assert alive_when_emptied == [0, 0]
+    assert locked == []
+    monkeypatch.setattr(measure, "lock_pages", lambda host: "out of memory")
+    with pytest.raises(RuntimeError, match=r"256 MiB of host memory cannot be page-locked \(out of memory\)"):
+        measure_gpus()
