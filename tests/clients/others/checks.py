@@ -16,8 +16,8 @@ import openai
 
 SAY: list[Any] = [{"role": "user", "content": "Hello"}]
 KEY, ORIGIN = "sk-secret", "http://web.example"
-# The model that answers reasons unless it is told not to.
-PLAIN: dict[str, Any] = {"messages": SAY, "max_tokens": 8, "reasoning_effort": "none"}
+# The model that answers reasons unless it is told not to, and a draw may end an answer early.
+PLAIN: dict[str, Any] = {"messages": SAY, "max_tokens": 8, "temperature": 0, "reasoning_effort": "none"}
 CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 
 

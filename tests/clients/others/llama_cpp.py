@@ -70,16 +70,13 @@ def _chat_stream(ask: Asked) -> None:
     assert {event["choices"][0]["finish_reason"] for event in pieces} == {None}
     assert (ending["choices"][0]["delta"], ending["choices"][0]["finish_reason"]) == ({}, "length")
     assert counts["usage"]["completion_tokens"] == 8
-    assert (
-        "".join(texts_of(events))
-        == ask.post(CHAT, **PLAIN | {"temperature": 0})["choices"][0]["message"]["content"]
-    )
+    assert "".join(texts_of(events)) == ask.post(CHAT, **PLAIN)["choices"][0]["message"]["content"]
 
 
 @LLAMA_CPP.test(CONVERSATION, "test_chat_completion_with_openai_library")
 def _chat_library(ask: Asked) -> None:
     answer = ask.sdk.chat.completions.create(
-        model="gpt-3.5-turbo-instruct", **PLAIN, seed=42, temperature=0.8
+        model="gpt-3.5-turbo-instruct", **PLAIN | {"seed": 42, "temperature": 0.8}
     )
     assert answer.choices[0].finish_reason == "length"
     assert answer.choices[0].message.content
@@ -126,7 +123,7 @@ def _invalid(ask: Asked) -> None:
 
 @LLAMA_CPP.test(CONVERSATION, "test_logprobs", "test_logprobs_stream")
 def _logprobs(ask: Asked) -> None:
-    wanted = PLAIN | {"model": "v41-c", "temperature": 0, "logprobs": True, "top_logprobs": 10}
+    wanted = PLAIN | {"model": "v41-c", "logprobs": True, "top_logprobs": 10}
     choice = ask.sdk.chat.completions.create(**wanted).choices[0]
     assert choice.logprobs is not None
     tokens = choice.logprobs.content or []
@@ -144,7 +141,7 @@ def _logprobs(ask: Asked) -> None:
 @LLAMA_CPP.test(CONVERSATION, "test_logit_bias")
 @LLAMA_CPP.test(COMPLETION, "test_logit_bias", note="ids as keys, as in OpenAI's API; not texts, not pairs")
 def _bias(ask: Asked) -> None:
-    free = PLAIN | {"temperature": 0, "logprobs": True, "return_tokens_as_token_ids": True}
+    free = PLAIN | {"logprobs": True, "return_tokens_as_token_ids": True}
     said = ask.post(CHAT, **free)["choices"][0]["logprobs"]["content"]
     banned = {token["token"].removeprefix("token_id:"): -100 for token in said}
     bound = ask.post(CHAT, **free, logit_bias=banned)["choices"][0]["logprobs"]["content"]

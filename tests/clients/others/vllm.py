@@ -78,8 +78,8 @@ def _session(ask: Asked) -> None:
 
 @VLLM.test(TALK, "test_chat_streaming", note="the last chunk has no content, as in OpenAI's API")
 def _streaming(ask: Asked) -> None:
-    whole = choice_of(ask, **PLAIN, temperature=0)
-    events = ask.events(CHAT, **PLAIN, temperature=0)
+    whole = choice_of(ask, **PLAIN)
+    events = ask.events(CHAT, **PLAIN)
     reasons = [event["choices"][0]["finish_reason"] for event in events]
     assert [reason for reason in reasons if reason] == [reasons[-1]] == [whole["finish_reason"]]
     assert "".join(texts_of(events)) == whole["message"]["content"]
@@ -159,8 +159,8 @@ def _contents(ask: Asked) -> None:
     odd = [{"role": "user", "content": "Hello", "extra_field": "0"}]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     for turns in (odd, parts):
-        said = choice_of(ask, **PLAIN | {"messages": turns, "temperature": 0})
-        assert said["message"] == choice_of(ask, **PLAIN, temperature=0)["message"]
+        said = choice_of(ask, **PLAIN | {"messages": turns})
+        assert said["message"] == choice_of(ask, **PLAIN)["message"]
 
 
 @VLLM.test(TALK, "test_long_seed", note="any integer is a seed")
@@ -178,10 +178,10 @@ def _seed(ask: Asked) -> None:
 )
 def _several(ask: Asked) -> None:
     for n in (1, 2, 3):
-        choices = ask.post(CHAT, **PLAIN, n=n, temperature=0.8, seed=42)["choices"]
+        choices = ask.post(CHAT, **PLAIN | {"n": n, "temperature": 0.8, "seed": 42})["choices"]
         assert [choice["index"] for choice in choices] == list(range(n))
         assert len({choice["message"]["content"] for choice in choices}) == n
-    events = ask.events(CHAT, **PLAIN, n=2, temperature=0.8)
+    events = ask.events(CHAT, **PLAIN | {"n": 2, "temperature": 0.8, "seed": 42})
     said = {
         index: "".join(texts_of([e for e in events if e["choices"][0]["index"] == index])) for index in (0, 1)
     }
