@@ -154,7 +154,7 @@ def test_an_answer_ends_when_its_client_leaves_or_cancels(replicas: Served) -> N
 
 def test_killed_replicas_cost_nobody_an_answer_while_one_is_left_and_come_back(replicas: Served) -> None:
     before = answered(replicas.complete())
-    count, tokens = 32, 900
+    count, tokens = 32, 400
     expected = texts(replicas, count, tokens)
     assert len(set(expected)) == count
     retried = metric(replicas, "loci_replica_retries_total")
