@@ -22,7 +22,7 @@ from quant.formats.kv_names import KvFormat
 from quant.kernels.cuda.program import GpuProgram
 from tests import pretend_gpus as pretend
 from tests.engine.families.golden_families import golden_family
-from tests.engine.families.interpreted.twice import Twice, budget_on, decoder_of, kernels_on
+from tests.engine.families.interpreted.decoded import Decoded, budget_on, decoder_of, kernels_on
 
 CONTEXT = 96
 PLENTY = 256 << 20  # of a GPU
@@ -48,9 +48,9 @@ def load(
     return model
 
 
-def twice(model: Decoder, name: str) -> Twice:
+def decoded(model: Decoder, name: str, *, is_golden: bool = True) -> Decoded:
     golden = golden_family(name)
-    return Twice(model, CONTEXT, golden.ids(), golden.logits())
+    return Decoded(model, CONTEXT, golden.ids(), golden.logits(), is_golden)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_replayed_steps_give_the_golden_logits(
 ) -> None:
     """With experts of gpt-oss on the GPU, and those in bfloat16 and FP8 left to the processor."""
     model = load(name, gpus[:1], PLENTY, monkeypatch)
-    both = twice(model, name)
-    assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:1])
-    both.step({0: 40})
-    both.step({2: 7})
-    both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
-    both.step({0: 1})
-    counts = launches_of(both.replayed, model)
+    golden_text = decoded(model, name)
+    assert {stay.recorder.device for stay in decoder_of(golden_text.replayed).step.stays} == set(gpus[:1])
+    golden_text.step({0: 40})
+    golden_text.step({2: 7})
+    golden_text.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
+    golden_text.step({0: 1})
+    counts = launches_of(golden_text.replayed, model)
     planned = [layer.launches for layer in loaded_shape(name).layers]
     assert counts[1:] == planned[1:]
     assert counts[0] - (planned[0] or 0) in (0, 1)  # the first norm, which may go along with rotations
@@ -112,8 +112,8 @@ def test_experts_are_computed_where_they_are(
 ) -> None:
     """Re-encoded ones give other numbers than the golden ones."""
     model = load(name, gpus[:count], gpu_bytes, monkeypatch, dram_bytes, experts)
-    both = twice(model, name)
+    golden_text = decoded(model, name, is_golden=experts is None)
     assert {tier for layer in model.expert_tiers() for tier in layer} == tiers
     for counts in ({0: 40}, {0: 1, 1: 1}, {0: 1}):
-        both.step(counts, is_golden=experts is None)
+        golden_text.step(counts)
     model.close()

@@ -15,8 +15,8 @@ from engine.families.decoder.shape import launches_of
 from memory.planner.launches import HAND_OVERS, HELD
 from quant.formats.kv_names import KvFormat
 from quant.kernels.cuda.program import GpuProgram
-from tests.engine.families.interpreted.test_decoders_on_gpus import CONTEXT, load, twice
-from tests.engine.families.interpreted.twice import SLOTS, decoder_of
+from tests.engine.families.interpreted.decoded import SLOTS, decoder_of
+from tests.engine.families.interpreted.test_decoders_on_gpus import CONTEXT, decoded, load
 
 PLENTY = 256 << 20  # of a GPU
 
@@ -27,11 +27,11 @@ def test_replayed_steps_give_the_golden_logits(
 ) -> None:
     """With experts in bfloat16 and FP8, which are left to the processor."""
     model = load(name, gpus[:1], PLENTY, monkeypatch)
-    both = twice(model, name)
-    assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:1])
-    both.step({0: 40})
-    both.step({2: 7})
-    both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
+    golden_text = decoded(model, name)
+    assert {stay.recorder.device for stay in decoder_of(golden_text.replayed).step.stays} == set(gpus[:1])
+    golden_text.step({0: 40})
+    golden_text.step({2: 7})
+    golden_text.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
     model.close()
 
 
@@ -40,9 +40,9 @@ def test_encoded_caches_are_written_and_read_by_replayed_steps(
 ) -> None:
     """As V3.2's vendor does; a value between two codes may become either one."""
     model = load("deepseek_v32", gpus[:1], PLENTY, monkeypatch, kv_format="vendor")
-    both = twice(model, "deepseek_v32")
+    golden_text = decoded(model, "deepseek_v32", is_golden=False)
     for counts in ({0: 40}, {0: 1}):
-        both.step(counts, is_golden=False, tolerance=0.05)
+        golden_text.step(counts, tolerance=0.05)
     model.close()
 
 
@@ -52,11 +52,11 @@ def test_experts_of_kimi_are_computed_where_they_are(
 ) -> None:
     """In INT4 on all GPUs."""
     model = load("kimi_k2", gpus[:count], PLENTY, monkeypatch)
-    both = twice(model, "kimi_k2")
+    golden_text = decoded(model, "kimi_k2")
     tiers = {tier for layer in model.expert_tiers() for tier in layer}
     assert tiers == {f"vram:{number}" for number in range(count)}
     for counts in ({0: 40}, {0: 1, 1: 1}):
-        both.step(counts)
+        golden_text.step(counts)
     model.close()
 
 

@@ -38,7 +38,14 @@ from quant.kernels.cuda.mailbox import StalledError
 from quant.kernels.cuda.program import GpuProgram, Segment
 from tests import pretend_gpus as pretend
 from tests.conftest import golden_path
-from tests.engine.families.interpreted.twice import SLOTS, TOLERANCE, Twice, budget_on, decoder_of, kernels_on
+from tests.engine.families.interpreted.decoded import (
+    SLOTS,
+    TOLERANCE,
+    Decoded,
+    budget_on,
+    decoder_of,
+    kernels_on,
+)
 
 CONTEXT = 300
 
@@ -60,9 +67,9 @@ def load(
     return model
 
 
-def twice(model: DeepseekV41, name: str) -> Twice:
+def decoded(model: DeepseekV41, name: str, *, is_golden: bool = True) -> Decoded:
     golden = load_file(golden_path(name) / "expected.safetensors")
-    return Twice(model, CONTEXT, golden["input_ids"].tolist(), golden["logits"])
+    return Decoded(model, CONTEXT, golden["input_ids"].tolist(), golden["logits"], is_golden)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +88,12 @@ def test_replayed_steps_give_the_golden_logits(
     gpu_bytes: int,
 ) -> None:
     model = load(name, gpus[:count], gpu_bytes, monkeypatch)
-    both = twice(model, name)
-    assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:count])
-    both.step({0: 45})
-    both.step({2: 7})
-    both.step({2: 1})
-    both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
+    golden_text = decoded(model, name)
+    assert {stay.recorder.device for stay in decoder_of(golden_text.replayed).step.stays} == set(gpus[:count])
+    golden_text.step({0: 45})
+    golden_text.step({2: 7})
+    golden_text.step({2: 1})
+    golden_text.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
     model.close()
 
 
@@ -94,9 +101,9 @@ def test_encoded_caches_are_written_and_read_by_replayed_steps(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load("v41-c", gpus[:1], 16 << 20, monkeypatch, kv_format="vendor")
-    both = twice(model, "v41-c")
+    golden_text = decoded(model, "v41-c", is_golden=False)
     for counts in ({0: 45}, {2: 7}, {2: 1}, {1: 1, 2: 1, 0: 1}):
-        first, second = both.logits_behind(counts)
+        first, second = golden_text.logits_behind(counts)
         # a value between two codes may become either one
         assert (first - second).abs().median() < TOLERANCE
         assert (first - second).abs().max() < 0.05 * second.abs().max()
@@ -107,12 +114,12 @@ def test_layers_on_a_gpu_and_on_the_processor_with_experts_read_from_disk(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load("v41-a", gpus[:1], 16 << 20, monkeypatch, 1_300_000)
-    both = twice(model, "v41-a")
-    devices = {stay.recorder.device.type for stay in decoder_of(both.replayed).step.stays}
+    golden_text = decoded(model, "v41-a")
+    devices = {stay.recorder.device.type for stay in decoder_of(golden_text.replayed).step.stays}
     assert devices == {"gpu", "cpu"}
     assert any(tier == "nvme" for layer in model.expert_tiers() for tier in layer)
-    both.step({0: 40})
-    both.step({0: 1})
+    golden_text.step({0: 40})
+    golden_text.step({0: 1})
     model.close()
 
 
@@ -133,8 +140,8 @@ def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
 ) -> None:
     """And `loci info` counts what each GPU launches, as a plan does."""
     model = load("v41-c", gpus, 16 << 20, monkeypatch)
-    both = twice(model, "v41-c")
-    parts = both.replayed.step_parts
+    golden_text = decoded(model, "v41-c")
+    parts = golden_text.replayed.step_parts
     assert {work.launches for part in parts if part.helps for work in part.layers} == {SHARE}
     own = [work for part in parts if not part.helps for work in part.layers if work.exchanges]
     assert sorted(work.layer or 0 for work in own) == list(range(model.config.num_hidden_layers))
@@ -143,7 +150,7 @@ def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
         ("gpu:0", "gpu:1"), ("gpu:0", None), ("gpu:1", "gpu:0"), ("gpu:1", None),
     ]  # fmt: skip
 
-    helper = decoder_of(both.replayed).step.stays[0].helping[0].helper
+    helper = decoder_of(golden_text.replayed).step.stays[0].helping[0].helper
     coordinator = model._coordinator
     assert helper is not None
     assert coordinator is not None
@@ -153,16 +160,16 @@ def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
     with monkeypatch.context() as patch:
         patch.setattr(coordinator, "_patience_s", 0.1)
         patch.setattr(helper.program, "start", lambda rows: may_go_on.wait(60))
-        model.forward(Batch.of([(1, 0, [3, 4])]), both.replayed)
+        model.forward(Batch.of([(1, 0, [3, 4])]), golden_text.replayed)
         with pytest.raises(StalledError, match="no answer from gpu:1"):
-            model.forward(Batch.of([(1, 2, [5])]), both.replayed)
+            model.forward(Batch.of([(1, 2, [5])]), golden_text.replayed)
         with pytest.raises(StalledError, match="gpu:1 has not come to the end"):
-            model.forward(Batch.of([(2, 0, [3, 4])]), both.replayed)  # a prompt, too
+            model.forward(Batch.of([(2, 0, [3, 4])]), golden_text.replayed)  # a prompt, too
     assert not model.weights.experts.slots.claims
     may_go_on.set()
     assert comes_true(helper.is_done, 5)
-    both.step({0: 9})
-    both.step({0: 1})
+    golden_text.step({0: 9})
+    golden_text.step({0: 1})
     model.close()
 
 

@@ -22,7 +22,7 @@ from quant.formats.kv_names import KvFormat
 from quant.kernels.cuda.program import GpuProgram
 from tests import pretend_gpus as pretend
 from tests.engine.families.golden_families import Golden, golden_family
-from tests.engine.families.interpreted.twice import SLOTS, TOLERANCE, budget_on, kernels_on
+from tests.engine.families.interpreted.decoded import SLOTS, TOLERANCE, budget_on, kernels_on
 
 CONTEXT = 300
 
