@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -274,7 +274,7 @@ def measure_gpus() -> list[Result]:
 def _pinned(count: int) -> Iterator[list[torch.Tensor]]:
     """Host memory for copies to each GPU inside the block. PyTorch would keep what it pins itself."""
     with ExitStack() as locked:
-        hosts = [torch.zeros(LINK_BYTES, dtype=torch.uint8) for _ in range(count)]
+        hosts = [torch.empty(LINK_BYTES, dtype=torch.uint8) for _ in range(count)]
         for host in hosts:
             problem = lock_pages(host)
             if problem:
@@ -283,7 +283,7 @@ def _pinned(count: int) -> Iterator[list[torch.Tensor]]:
         yield hosts
 
 
-def _gpu_results(hosts: Sequence[torch.Tensor]) -> list[Result]:
+def _gpu_results(hosts: list[torch.Tensor]) -> list[Result]:
     gpus = range(len(hosts))
     targets = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=f"cuda:{i}") for i in gpus]
     results = []
@@ -306,7 +306,7 @@ def _gpu_results(hosts: Sequence[torch.Tensor]) -> list[Result]:
     return results
 
 
-def _copies_s(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[float]:
+def _copies_s(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> list[float]:
     """Median seconds of each copy while all of them run at once, by the GPUs' own clocks."""
     times: list[list[float]] = [[] for _ in targets]
     for _ in range(RUNS + 1):

@@ -273,12 +273,12 @@ def _hardware(
 
     if name != "this":
         machine = load_profile(name)
-    elif lies_at is None:
-        machine = this_machine(measured=dict(rates) if rates else None)
     else:
         here = detect(lies_at)
-        machine = this_machine(here, dict(rates) if rates else kept_rates(here, disk_of(lies_at)))
-        machine = replace(machine, disk_bytes=machine.disk_bytes + shape.disk_bytes)
+        disk = None if lies_at is None else disk_of(lies_at)
+        machine = this_machine(here, dict(rates) if rates else kept_rates(here, disk))
+        if lies_at is not None:
+            machine = replace(machine, disk_bytes=machine.disk_bytes + shape.disk_bytes)
     if devices is not None:
         machine = machine.with_devices(parse_devices(devices))
     if dram is None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import INTERPRETED_ROWS, Blocks, multiplies_bfloat16
+from quant.kernels.cuda.linear import Blocks, is_compiled
 from quant.kernels.cuda.times import load_tile, plain_times_vector, times_tile
 
 COPIED = 1024  # columns of a program that copies
@@ -110,14 +110,12 @@ def head_products_launch(
     """
     n, rows_n, cols = weight.shape
     device = x.rows.device
-    blocks = Blocks.of(rows, torch.float32)
+    blocks = Blocks.of(rows, torch.float32).on(device)
     step = min(blocks.cols, int(triton.next_power_of_2(max(16, cols))))
-    block_rows = blocks.rows if blocks.tokens > 1 else min(128, VECTOR // step)
-    if device.type not in ("cuda", "meta"):
-        block_rows = INTERPRETED_ROWS
+    block_rows = min(128, VECTOR // step) if blocks.tokens == 1 and is_compiled(device) else blocks.rows
     constants: dict[str, int | bool] = {
         "BLOCK_M": blocks.tokens, "BLOCK_N": block_rows, "STEP": step,
-        "PARTS": multiplies_bfloat16(device) and weight.dtype == torch.bfloat16,
+        "PARTS": is_compiled(device) and weight.dtype == torch.bfloat16,
         "COPIES": beside is not None,
         "BLOCK_C": 1 if beside is None else int(triton.next_power_of_2(min(COPIED, beside[2]))),
     }  # fmt: skip

@@ -172,21 +172,22 @@ class Blocks:
         return cls(128, 64, 64, 8, shares_x=True) if tokens > 64 else cls(64, 64, 64, 4, shares_x=True)
 
     def on(self, device: torch.device) -> Blocks:
-        """These, or, where kernels are interpreted, larger and fewer ones: programs run one after the other,
-        and what an operation takes is the interpreter's time rather than the numbers'."""
-        if device.type in ("cuda", "meta"):
+        """These, or, where kernels are interpreted, so many rows that programs are few, since they run one
+        after the other, and no more columns than small models have."""
+        if is_compiled(device):
             return self
         return replace(self, rows=INTERPRETED_ROWS, cols=min(self.cols, INTERPRETED_COLS))
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """False in Triton's interpreter; True where kernels are compiled, if only to look at them."""
+def is_compiled(device: torch.device) -> bool:
+    """Whether kernels are compiled for it, if only to look at them; where they are not, Triton's interpreter
+    runs them, which cannot multiply bfloat16."""
     return device.type in ("cuda", "meta")
 
 
 def is_in_parts(x: torch.Tensor, weight: Weight) -> bool:
     """What kernels take as IN_PARTS; never in the interpreter, which cannot multiply bfloat16."""
-    if x.dtype != torch.float32 or not multiplies_bfloat16(x.device):
+    if x.dtype != torch.float32 or not is_compiled(x.device):
         return False
     if isinstance(weight, torch.Tensor):
         return weight.dtype == torch.bfloat16

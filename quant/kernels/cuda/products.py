@@ -29,7 +29,7 @@ from quant.kernels.cuda.decode import (
     nf4_levels,
 )
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import Blocks, multiplies_bfloat16
+from quant.kernels.cuda.linear import Blocks, is_compiled
 from quant.kernels.cuda.moe import swiglu
 from quant.kernels.cuda.times import (
     fp8_times_matrix,
@@ -313,7 +313,7 @@ def products_launch(parts: Sequence[Product], rows: int, limit: float = 0.0) -> 
         "BLOCK_M": blocks.tokens,
         "BLOCK_N": blocks.rows,
         "STEP": blocks.cols,
-        "PARTS": multiplies_bfloat16(device),
+        "PARTS": is_compiled(device),
     }
     table = torch.tensor(lines, dtype=torch.int64).to(device)
     grid = (total * -(-rows // blocks.tokens),)

@@ -8,6 +8,7 @@ import torch
 
 from engine.families.base import Batch, KvCache, Model
 from engine.families.decoder.cache import DecoderCache
+from engine.families.deepseek_v4.forward import V4Cache
 from engine.families.deepseek_v41.forward import V41Cache
 from engine.families.on_gpus.step import OnGpus
 from memory.planner.budget import MemoryBudget
@@ -21,6 +22,7 @@ from tests.interpreted_gpus import InterpretedGpu
 
 SLOTS = 3
 TOLERANCE = 1e-4  # other orders of summation
+RecordedCache = DecoderCache | V4Cache | V41Cache
 
 
 def kernels_on(gpus: Sequence[torch.device]) -> DeviceKernels:
@@ -39,7 +41,7 @@ def budget_on(
 
 def decoder_of(cache: KvCache) -> OnGpus:
     """The recorded step of a cache."""
-    assert isinstance(cache, DecoderCache | V41Cache)
+    assert isinstance(cache, RecordedCache)
     assert isinstance(cache.decoder, OnGpus)
     return cache.decoder
 
@@ -57,7 +59,7 @@ class Decoded:
         self.eager: KvCache | None = None
         if not is_golden:
             self.eager = model.new_cache(SLOTS, context)
-            assert isinstance(self.eager, DecoderCache | V41Cache)
+            assert isinstance(self.eager, RecordedCache)
             self.eager.decoder = None
         self.ids, self.logits = list(ids), logits
         self.held = dict.fromkeys(range(SLOTS), 0)

@@ -11,7 +11,6 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in Triton's interpreter, started by test_recorded_on_gpus.py", allow_module_level=True)
 
-from engine.families.base import Batch
 from engine.families.deepseek_v4.family import FAMILY
 from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.deepseek_v4.on_gpus import V4OnGpus
@@ -22,7 +21,14 @@ from quant.formats.kv_names import KvFormat
 from quant.kernels.cuda.program import GpuProgram
 from tests import pretend_gpus as pretend
 from tests.engine.families.golden_families import Golden, golden_family
-from tests.engine.families.interpreted.decoded import SLOTS, TOLERANCE, budget_on, kernels_on
+from tests.engine.families.interpreted.decoded import (
+    SLOTS,
+    TOLERANCE,
+    Decoded,
+    budget_on,
+    decoder_of,
+    kernels_on,
+)
 
 CONTEXT = 300
 
@@ -59,20 +65,14 @@ def test_replayed_steps_give_the_golden_logits(
     """Past windows, groups of four and one of 128, with slots at different places and dead rows."""
     golden = golden_family("deepseek_v4")
     model = load(golden, gpus[:count], gpu, monkeypatch, dram)
-    cache = model.new_cache(SLOTS, CONTEXT)
-    assert isinstance(cache.decoder, V4OnGpus)
-    ids, expected, held = golden.ids(), golden.logits(), dict.fromkeys(range(SLOTS), 0)
+    golden_text = Decoded(model, CONTEXT, golden.ids(), golden.logits())
+    assert isinstance(decoder_of(golden_text.replayed), V4OnGpus)
     layers = {str(device) for device in model.weights.places.layers}
     experts = {tier for layer in model.expert_tiers() for tier in layer}
     assert layers == ({"gpu:0"} if count == 1 else {"gpu:0", "gpu:1", "cpu"})
     assert experts == ({"vram:0"} if count == 1 else {"vram:0", "vram:1"})
     for counts in ({0: 126}, {1: 6}, {0: 1}, {0: 1, 1: 1, 2: 1}):
-        parts = [(slot, at := held[slot], ids[at : at + n]) for slot, n in counts.items()]
-        found = model.forward(Batch.of(parts), cache)
-        for slot, n in counts.items():
-            held[slot] += n
-        right = expected[[held[slot] - 1 for slot in counts]]
-        assert (found - right).abs().max() < TOLERANCE, counts
+        golden_text.step(counts)
     model.close()
 
 
@@ -82,13 +82,10 @@ def test_encoded_caches_are_written_and_read_by_replayed_steps(
     """With index keys turned by a Hadamard matrix; a value between two codes may become either one."""
     golden = golden_family("deepseek_v4")
     model = load(golden, gpus[:1], 256 << 20, monkeypatch, kv_format="vendor")
-    replayed, eager = (model.new_cache(1, CONTEXT) for _ in range(2))
-    assert isinstance(replayed.decoder, V4OnGpus)
-    eager.decoder = None
-    ids = golden.ids()
-    for at, length in ((0, 127), (127, 1)):
-        batch = Batch.of([(0, at, ids[at : at + length])])
-        first, second = (model.forward(batch, cache) for cache in (replayed, eager))
+    golden_text = Decoded(model, CONTEXT, golden.ids(), golden.logits(), is_golden=False)
+    assert isinstance(decoder_of(golden_text.replayed), V4OnGpus)
+    for count in (127, 1):
+        first, second = golden_text.logits_behind({0: count})
         assert (first - second).abs().median() < TOLERANCE
         assert (first - second).abs().max() < 0.05 * second.abs().max()
     model.close()
