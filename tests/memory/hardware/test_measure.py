@@ -31,7 +31,8 @@ def values(results: list[Result]) -> dict[str, float]:
     return {result.name: result.value for result in results}
 
 
-def test_reads_from_dram_and_rows_are_measured() -> None:
+def test_reads_from_dram_and_rows_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "DOUBT", 0)  # however busy this machine is now
     found = values(measure_dram(32 * MB))
     assert found.keys() == {"dram_read_1_thread", "dram_read", "dram_random_rows"}
     assert 0.1 < found["dram_read"] < 10_000
