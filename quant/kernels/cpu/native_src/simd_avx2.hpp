@@ -67,6 +67,13 @@ ALWAYS_INLINE I32 four_digits(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
+// A sum that stays where it is. The compiler would compute many products first and add them later; with three digits
+// there are as many sums as registers hold, and all those products would go through memory.
+ALWAYS_INLINE I32 in_order(I32 sum) {
+    asm volatile("" : "+x"(sum));
+    return sum;
+}
+
 // Sums of code x digit over the groups of four columns of a block, from a start value. Products are gathered in 16 bits
 // for as many groups as cannot overflow them, then widened; where not even four groups fit, each product is widened at
 // once. Where all eight fit, so does the start value, one half in each half of a lane: an offset is at most the largest
@@ -89,10 +96,10 @@ struct Dot {
         const I32 products = _mm256_maddubs_epi16(codes, digits);
         if (kEvery == 1) {
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+            if (LargestDigit < 127) sum = in_order(sum);
         } else {
             pairs = _mm256_add_epi16(pairs, products);
-            // with three digits there are as many sums as registers hold: add in this very order
-            if (LargestDigit < 127) asm volatile("" : "+x"(pairs));
+            if (LargestDigit < 127) pairs = in_order(pairs);
         }
     }
     ALWAYS_INLINE void after(int group) {
