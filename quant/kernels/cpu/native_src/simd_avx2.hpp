@@ -67,8 +67,8 @@ ALWAYS_INLINE I32 four_digits(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
-// A sum that stays where it is. The compiler would compute many products first and add them later; with three digits
-// there are as many sums as registers hold, and all those products would go through memory.
+// A sum that stays where it is. The compiler would compute many products first and add them later; there are as many
+// sums as registers hold, so that all those products would go through memory.
 ALWAYS_INLINE I32 in_order(I32 sum) {
     asm volatile("" : "+x"(sum));
     return sum;
@@ -96,10 +96,10 @@ struct Dot {
         const I32 products = _mm256_maddubs_epi16(codes, digits);
         if (kEvery == 1) {
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
-            if (LargestDigit < 127) sum = in_order(sum);
+            sum = in_order(sum);
         } else {
             pairs = _mm256_add_epi16(pairs, products);
-            if (LargestDigit < 127) pairs = in_order(pairs);
+            pairs = in_order(pairs);
         }
     }
     ALWAYS_INLINE void after(int group) {
