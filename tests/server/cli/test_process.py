@@ -75,7 +75,7 @@ def test_the_interpreter_is_not_taken_apart_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_a_model_answers_ends_without_a_word(number: signal.Signals, code: int) -> None:
-    arguments = ("run", TINY, "Hello", "--max-tokens", "1900", "--temperature", "0")
+    arguments = ("run", "smollm2", "Write a very long story about a river.", "--temperature", "0")
     with subprocess.Popen(
         harness.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
         env=harness.environment(),
