@@ -95,11 +95,9 @@ struct Dot {
     ALWAYS_INLINE void add(Bytes codes, I32 digits) {
         const I32 products = _mm256_maddubs_epi16(codes, digits);
         if (kEvery == 1) {
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
-            sum = in_order(sum);
+            sum = in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1))));
         } else {
-            pairs = _mm256_add_epi16(pairs, products);
-            pairs = in_order(pairs);
+            pairs = in_order(_mm256_add_epi16(pairs, products));
         }
     }
     ALWAYS_INLINE void after(int group) {

@@ -81,3 +81,9 @@ class Decoded:
         assert (found - expected).abs().max() < tolerance
         if self.eager is None:
             assert found.argmax(-1).tolist() == expected.argmax(-1).tolist()
+
+    def step_of_encoded(self, counts: dict[int, int]) -> None:
+        """Further tokens where the cache is encoded: a value between two codes may become either one."""
+        found, expected = self.logits_behind(counts)
+        assert (found - expected).abs().median() < TOLERANCE
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
